@@ -1,0 +1,217 @@
+"""Accumulates block statistics of a model's attention maps while it generates, and keeps them on disk.
+
+What is measured is passed in as a function; this room adds up, averages and stores. Statistics are kept per noise level, so
+phases, density, scores and budget can all be chosen later without running the model again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from .block_mask import parse_block
+from .files import read_json, writing_folder
+from .grid import ORDERS, Grid, Layout, TextSpan, check_order
+
+FORMAT_VERSION = 1
+SAME_LEVEL = 5
+
+
+class Measured(Protocol):
+    """What the statistics function returns: sums over `calls` maps; see kernels.block_stats.BlockStats."""
+
+    mass: Tensor
+    error: Tensor
+    sparse_share: Tensor
+    incoherence: Tensor
+    output_power: Tensor
+    calls: int
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What to measure.
+
+    Attributes:
+        orders: Candidate orders.
+        block: Tokens of a query block and of a key block.
+        row_stride: Measure one query row in so many; 1 measures all.
+        paper: Also measure what the paper's order score needs.
+    """
+
+    orders: tuple[str, ...] = ORDERS
+    block: tuple[int, int] = (64, 64)
+    row_stride: int = 1
+    paper: bool = True
+
+    def __post_init__(self):
+        if not self.orders or len(set(self.orders)) != len(self.orders):
+            raise ValueError(f"candidate orders must be given and differ; got {self.orders}")
+        for order in self.orders:
+            check_order(order)
+        if min(self.block) < 1 or self.row_stride < 1:
+            raise ValueError(f"block and row stride must be positive; got {self.block} and {self.row_stride}")
+
+
+@dataclass
+class Sums:
+    """Sums of one layer at one noise level over `calls` maps (prompts, guidance branches).
+
+    Attributes:
+        mass, error: (orders, H, Nq, Nk).
+        sparse_share, incoherence: (orders, H).
+        output_power: Scalar.
+        calls: Number of maps.
+    """
+
+    mass: Tensor
+    error: Tensor
+    sparse_share: Tensor
+    incoherence: Tensor
+    output_power: Tensor
+    calls: int = 0
+
+
+@dataclass
+class Statistics:
+    """Block statistics of one transformer.
+
+    Attributes:
+        model_class: Class of the transformer.
+        heads, head_dim: Of its self-attentions.
+        layout: Grid and text of the sequence.
+        settings: What is measured.
+        layers: Sums by module path and noise level.
+        made: How the statistics were made; free JSON.
+    """
+
+    model_class: str
+    heads: int
+    head_dim: int
+    layout: Layout
+    settings: CaptureSettings = field(default_factory=CaptureSettings)
+    layers: dict[str, dict[float, Sums]] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def add(
+        self, layer: str, q: Tensor, k: Tensor, v: Tensor, w_o: Tensor, noise_level: float, measure: Callable[..., Measured]
+    ) -> None:
+        """Measure one self-attention call and add it up.
+
+        Args:
+            layer: Module path.
+            q, k, v: (B, N, H, D) in the model's order, after RoPE.
+            w_o: Output projection of each head, (H, D, channels).
+            noise_level: Of this call.
+            measure: The statistics function, such as `kernels.block_stats.block_stats`.
+
+        Raises:
+            ValueError: If the tensors have other heads or another length than the statistics.
+        """
+        expected, found = (self.layout.tokens, self.heads, self.head_dim), tuple(q.shape[1:])
+        if expected != found:
+            raise ValueError(f"{layer}: (tokens, heads, head dimension) must be {expected}; got {found}")
+        levels = self.layers.setdefault(layer, {})
+        level = round(noise_level, SAME_LEVEL)
+        measured = measure(
+            q, k, v, w_o,
+            layout=self.layout, orders=self.settings.orders, block=self.settings.block,
+            row_stride=self.settings.row_stride, row_offset=sum(s.calls for s in levels.values()), paper=self.settings.paper,
+        )  # fmt: skip
+        new = {part.name: getattr(measured, part.name) for part in fields(Sums)}
+        new = {name: part.float().cpu() if isinstance(part, Tensor) else part for name, part in new.items()}
+        if level in levels:
+            new = {name: getattr(levels[level], name) + part for name, part in new.items()}
+        levels[level] = Sums(**new)
+
+    @property
+    def noise_levels(self) -> list[float]:
+        """Noise levels of the calibration schedule, falling."""
+        return sorted(next(iter(self.layers.values())), reverse=True) if self.layers else []
+
+    def mean(self, layer: str, name: str, levels: list[float] | None = None) -> Tensor:
+        """A layer's statistic `name`, averaged over maps and over the given noise levels (all by default)."""
+        sums = [self.layers[layer][level] for level in (levels or self.noise_levels)]
+        return torch.stack([getattr(each, name) / each.calls for each in sums]).mean(0)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write the statistics as a folder, all of it or nothing."""
+        with writing_folder(folder, marker="statistics.json") as target:
+            blob = save_tensors(dict(self._tensors()))
+            (target / "statistics.safetensors").write_bytes(blob)
+            described = {
+                "format_version": FORMAT_VERSION,
+                "model_class": self.model_class,
+                "heads": self.heads,
+                "head_dim": self.head_dim,
+                "grid": list(self.layout.grid),
+                "text": asdict(self.layout.text),
+                "settings": asdict(self.settings) | {"block": "x".join(map(str, self.settings.block))},
+                "calls": {
+                    name: {repr(level): sums.calls for level, sums in levels.items()} for name, levels in self.layers.items()
+                },
+                "made": self.made,
+                "tensors": {"file": "statistics.safetensors", "sha256": hashlib.sha256(blob).hexdigest()},
+            }
+            (target / "statistics.json").write_text(json.dumps(described, indent=1) + "\n")
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Statistics":
+        """Read statistics that `save` wrote.
+
+        Raises:
+            ValueError: If the folder holds none, or they are damaged or of another format.
+        """
+        folder = Path(folder)
+        if not (folder / "statistics.json").is_file():
+            raise ValueError(f"{folder} holds no statistics: expected statistics.json in it")
+        described = read_json(folder / "statistics.json")
+        if described.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has statistics format {described.get('format_version')}; "
+                f"this paroattn reads format {FORMAT_VERSION}. Calibrate again."
+            )
+        try:
+            blob = (folder / "statistics.safetensors").read_bytes()
+            if hashlib.sha256(blob).hexdigest() != described["tensors"]["sha256"]:
+                raise ValueError("statistics.safetensors was cut short or changed")
+            return cls._from(described, load_tensors(blob))
+        except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
+            raise ValueError(f"the statistics in {folder} are damaged ({error}). Calibrate again.") from error
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, levels in self.layers.items():
+            for level, sums in levels.items():
+                for part in fields(Sums)[:-1]:
+                    yield f"{name}@{level!r}.{part.name}", getattr(sums, part.name).contiguous()
+
+    @classmethod
+    def _from(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Statistics":
+        settings = dict(described["settings"])
+        settings |= {"orders": tuple(settings["orders"]), "block": parse_block(settings["block"])}
+        parts = [part.name for part in fields(Sums)[:-1]]
+        return cls(
+            model_class=described["model_class"],
+            heads=described["heads"],
+            head_dim=described["head_dim"],
+            layout=Layout(Grid(*described["grid"]), TextSpan(**described["text"])),
+            settings=CaptureSettings(**settings),
+            layers={
+                name: {
+                    float(level): Sums(*(tensors[f"{name}@{level}.{part}"] for part in parts), calls=calls)
+                    for level, calls in levels.items()
+                }
+                for name, levels in described["calls"].items()
+            },
+            made=described["made"],
+        )

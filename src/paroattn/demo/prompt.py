@@ -1,0 +1,64 @@
+"""The bundled model's language: eight words that say what a clip shows.
+
+A prompt such as "a red disc moving right and a blue star moving up over coffee, camera pans left" fills eight slots:
+scene, camera, and colour, shape and direction of the front and the rear object. An empty prompt is the
+unconditional one of classifier-free guidance.
+"""
+
+import re
+
+SCENES = ("astronaut", "cat", "coffee", "rocket", "galaxy", "brick", "cameraman", "grass")
+CAMERAS = ("still", "pans left", "pans right", "zooms in", "zooms out")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
+SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
+DIRECTIONS = ("left", "right", "up", "down")
+
+SLOTS = {
+    "scene": SCENES,
+    "camera": CAMERAS,
+    "front colour": COLOURS,
+    "front shape": SHAPES,
+    "front direction": DIRECTIONS,
+    "rear colour": COLOURS,
+    "rear shape": SHAPES,
+    "rear direction": DIRECTIONS,
+}
+VOCABULARY = ("",) + tuple(dict.fromkeys(word for words in SLOTS.values() for word in words))
+_WORD = {word: index for index, word in enumerate(VOCABULARY)}
+_OBJECT = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})")
+_SCENE = re.compile(rf"over (?:a |an |the )?({'|'.join(SCENES)})\b")
+_CAMERA = re.compile(rf"camera (?:is )?({'|'.join(CAMERAS)})")
+_SHAPE_OF_A_PROMPT = 'a red disc moving right and a blue star moving up over coffee, camera pans left'
+
+
+def words_of(prompt: str) -> tuple[str, ...]:
+    """The eight words a prompt asks for, "" in the rear object's slots when there is only one object.
+
+    Raises:
+        ValueError: If the prompt does not name one or two objects, a scene and a camera in the known words.
+    """
+    if not prompt.strip():
+        return ("",) * len(SLOTS)
+    text = re.sub(r"\s+", " ", prompt.lower())
+    objects, scene, camera = _OBJECT.findall(text), _SCENE.search(text), _CAMERA.search(text)
+    if not 1 <= len(objects) <= 2 or scene is None:
+        raise ValueError(
+            f"the bundled model understands prompts like {_SHAPE_OF_A_PROMPT!r}; got {prompt!r}. "
+            f"Scenes: {', '.join(SCENES)}. Colours: {', '.join(COLOURS)}. Shapes: {', '.join(SHAPES)}. "
+            f"Directions: {', '.join(DIRECTIONS)}. Cameras: {', '.join(CAMERAS)}."
+        )
+    front, rear = objects[0], objects[1] if len(objects) == 2 else ("", "", "")
+    return (scene[1], camera[1] if camera else "still", *front, *rear)
+
+
+def prompt_of(words: tuple[str, ...]) -> str:
+    """The sentence that `words_of` turns back into these words."""
+    scene, camera, *objects = words
+    named = [objects[i : i + 3] for i in (0, 3) if objects[i]]
+    shown = " and ".join(f"a {colour} {shape} moving {direction}" for colour, shape, direction in named)
+    return f"{shown} over {scene}, camera {camera}"
+
+
+def ids_of(words: tuple[str, ...]) -> list[int]:
+    """Indices into `VOCABULARY`, one per slot."""
+    return [_WORD[word] for word in words]

@@ -1,0 +1,69 @@
+"""Writing folders whole or not at all, and reading JSON that may have come from anywhere."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 64 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: If the file is too large, is not JSON or holds something else than an object.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} must be at most {LARGEST_JSON} bytes; got {path.stat().st_size}")
+    try:
+        described = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(described).__name__}")
+    return described
+
+
+@contextmanager
+def writing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder that takes `folder`'s name on success and vanishes on failure.
+
+    An existing folder is replaced only if it is empty or holds something that matches `marker`.
+    """
+    final = Path(folder).absolute()
+    check_writable(final, marker)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        written = scratch / "new"
+        written.mkdir()
+        yield written
+        if final.exists():
+            final.rename(scratch / "old")
+        written.rename(final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_writable(folder: str | os.PathLike, marker: str) -> None:
+    """Raise before any long work if `folder` cannot be written later.
+
+    Raises:
+        FileExistsError: If it exists and holds something else than what `marker` matches.
+        PermissionError: If it or its parent cannot be written.
+    """
+    final = Path(folder).absolute()
+    if final.exists() and not final.is_dir():
+        raise FileExistsError(f"{final} is a file; give the name of a folder to write")
+    if final.is_dir() and any(final.iterdir()) and not any(final.glob(marker)):
+        raise FileExistsError(f"{final} exists and holds something else; give another folder")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writable.", dir=final.parent):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{final.parent} cannot be written ({error.strerror}); give another folder") from error

@@ -1,0 +1,121 @@
+"""Reference attention in plain PyTorch: the meaning of every kernel.
+
+    in kernel order (each head's own token order, video first, text last), for each block i of query rows:
+        s    = q_i kᵀ · softmax_scale            over the keys of the kept blocks, −∞ elsewhere and on padding
+        m    = rowmax s
+        p    = exp(s − m)
+        out  = p v / rowsum p                    softmax renormalised over the kept blocks
+        lse  = m + ln rowsum p
+
+Quantised products change three lines. K's mean over tokens is subtracted first (softmax does not change; lse gets
+softmax_scale · q·k̄ back). Q and K get one scale per block (INT8, FP8) or per token (INT4), V one per channel. P is
+quantised against each row's own maximum inside each key block: with b = max of s over row and block,
+p̂ = round(exp(s − b) · top) · exp(b − m) / top. The denominator sums p̂, so the weights of a row always add up to one.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask, blocks_of
+from ..precision import FORMATS, Precision, dequantize, quantize, round_to
+
+ELEMENTS_AT_ONCE = 2**26
+GRANULARITY = {"int8": "block", "fp8": "block", "int4": "token"}
+P_FORMAT = {"int4": "uint4"}
+
+
+def to_kernel_order(x: Tensor, table: Tensor, order: Tensor) -> Tensor:
+    """(B, N, H, D) in the model's order → (B, H, N, D) in each head's own."""
+    index = table[order.long()].long()
+    return x.transpose(1, 2).gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def to_model_order(x: Tensor, table: Tensor, order: Tensor) -> Tensor:
+    """(B, H, N, D) in each head's own order → (B, N, H, D) in the model's."""
+    index = table[order.long()].long()[None, :, :, None].expand_as(x)
+    return torch.empty_like(x).scatter_(2, index, x).transpose(1, 2)
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    table: Tensor,
+    order: Tensor,
+    mask: BlockMask,
+    precision: Precision,
+    softmax_scale: float,
+    valid_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention with a token order per head.
+
+    Args:
+        q, k, v: (B, N, H, D) in the model's order. Computed in float64 if they are float64, else in float32.
+        table: Gather tables (orders, N), int32, from `Layout.table`.
+        order: Row of `table` for each head, (H,).
+        mask: Kept blocks over the whole sequence, text included, (H, Nq, Nk).
+        precision: Formats of the two products.
+        softmax_scale: Factor on q·k.
+        valid_tokens: (B,) int: keys from this kernel position on are padding. None: no padding.
+
+    Returns:
+        out (B, N, H, D) in the model's order and q's dtype, and lse (B, H, N) in the model's order.
+
+    Source:
+        PAROAttention (arXiv 2506.16054); scaling P by row within the block is ours.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_, k_, v_ = (to_kernel_order(x.to(compute), table, order) for x in (q, k, v))
+    batch, heads, tokens, _ = q_.shape
+    limit = torch.full((batch,), tokens, device=q.device) if valid_tokens is None else valid_tokens
+    real = torch.arange(tokens, device=q.device) < limit[:, None]
+    smoothed = FORMATS[precision.qk].scaled
+    mean = k_.new_zeros(())
+    if smoothed:
+        weight = real[:, None, :, None].to(compute)
+        mean = (k_ * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+    q_hat, k_hat = _round_qk(q_, k_ - mean, mask.block, precision)
+    v_hat = dequantize(*quantize(v_ * real[:, None, :, None], FORMATS[precision.pv], "channel"))
+
+    out, lse = torch.empty_like(q_), q_.new_empty(batch, heads, tokens)
+    kept = mask.dense()
+    block_rows = max(1, ELEMENTS_AT_ONCE // (batch * heads * mask.block[0] * tokens))
+    for first in range(0, mask.query_blocks, block_rows):
+        rows = slice(first * mask.block[0], min(tokens, (first + block_rows) * mask.block[0]))
+        keep = kept[:, first : first + block_rows].repeat_interleave(mask.block[0], 1)[:, : rows.stop - rows.start]
+        keep = keep.repeat_interleave(mask.block[1], 2)[..., :tokens] & real[:, None, None]
+        scores = (q_hat[:, :, rows] @ k_hat.mT * softmax_scale).masked_fill_(~keep, -math.inf)
+        p, largest = _round_p(scores, mask.block[1], precision)
+        total = p.sum(-1, keepdim=True)
+        out[:, :, rows] = p @ v_hat / total
+        lse[:, :, rows] = (largest + total.log()).squeeze(-1)
+    if smoothed:
+        lse += (q_ @ mean.mT).squeeze(-1) * softmax_scale
+    lse = to_model_order(lse[..., None], table, order).squeeze(-1).transpose(1, 2)
+    return to_model_order(out, table, order).to(q.dtype), lse
+
+
+def _round_qk(q: Tensor, k: Tensor, block: tuple[int, int], precision: Precision) -> tuple[Tensor, Tensor]:
+    granularity = GRANULARITY.get(precision.qk, "tensor")
+    sizes = block if granularity == "block" else (None, None)
+    rounded = (quantize(x, FORMATS[precision.qk], granularity, size) for x, size in zip((q, k), sizes, strict=True))
+    q_hat, k_hat = (dequantize(*parts) for parts in rounded)
+    return q_hat, k_hat
+
+
+def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, Tensor]:
+    """exp(scores − row maximum) as the second product sees it, and the row maximum."""
+    form = FORMATS[P_FORMAT.get(precision.pv, precision.pv)]
+    largest = scores.amax(-1, keepdim=True)
+    if not form.scaled:
+        return round_to((scores - largest).exp_(), form), largest
+    tokens = scores.shape[-1]
+    padding = blocks_of(tokens, block) * block - tokens
+    blocks = torch.nn.functional.pad(scores, (0, padding), value=-math.inf).unflatten(-1, (-1, block))
+    highest = blocks.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    stored = round_to((blocks - highest).exp_().mul_(form.highest), form)
+    p = stored * ((highest - largest[..., None]).exp_() / form.highest)
+    return p.flatten(-2)[..., :tokens], largest
