@@ -150,11 +150,11 @@ def _paint_object(
     batch, height, width = clip.shape[0], clip.shape[3], clip.shape[4]
     device, aspect = clip.device, clip.shape[4] / clip.shape[3]
     heading = torch.tensor([HEADING[word] for word in DIRECTIONS], device=device)[words.direction[:, which]]
-    size = _uniform(generator, 0.24, 0.40, batch)
+    size = _uniform(generator, 0.36, 0.54, batch)
     middle = torch.stack([_uniform(generator, -0.65, 0.65, batch) * aspect, _uniform(generator, -0.55, 0.55, batch)], 1)
     speed = _uniform(generator, 0.7, 1.3, batch)
-    turn = _uniform(generator, -torch.pi, torch.pi, batch)
-    spin = _uniform(generator, -1.5, 1.5, batch)
+    turn = _uniform(generator, -0.3, 0.3, batch)
+    spin = _uniform(generator, -0.5, 0.5, batch)
     centre = middle[:, None] + heading[:, None] * speed[:, None, None] * (time - 0.5)[None, :, None]
     angle = turn[:, None] + spin[:, None] * time
     y, x = torch.meshgrid(

@@ -114,7 +114,7 @@ class BlockMask:
             `counts` entries of a row are its kept blocks in rising order, the others are the dropped ones.
         """
         kept = self.dense()
-        indices = kept.to(torch.uint8).argsort(-1, descending=True, stable=True)
+        indices = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         return kept.sum(-1, dtype=torch.int32), indices.to(torch.int32)
 
     def with_text(self, video_tokens: int, text_tokens: int) -> "BlockMask":

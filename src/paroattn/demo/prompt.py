@@ -28,7 +28,29 @@ _WORD = {word: index for index, word in enumerate(VOCABULARY)}
 _OBJECT = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})")
 _SCENE = re.compile(rf"over (?:a |an |the )?({'|'.join(SCENES)})\b")
 _CAMERA = re.compile(rf"camera (?:is )?({'|'.join(CAMERAS)})")
-_SHAPE_OF_A_PROMPT = 'a red disc moving right and a blue star moving up over coffee, camera pans left'
+CALIBRATION_PROMPTS = (
+    "a red disc moving right and a blue star moving up over coffee, camera pans left",
+    "a yellow ring moving down and a green square moving left over the astronaut, camera zooms in",
+)
+EVALUATION_PROMPTS = (
+    "a white triangle moving left over galaxy, camera still",
+    "a cyan cross moving right and a purple disc moving left over cat, camera zooms out",
+    "an orange star moving up and a white ring moving down over brick, camera pans right",
+    "a green triangle moving left and a red square moving right over the rocket, camera still",
+    "a blue disc moving down over the cameraman, camera pans left",
+    "a red ring moving up and a yellow cross moving right over grass, camera zooms in",
+    "a purple square moving right and an orange disc moving down over the astronaut, camera pans right",
+    "a green star moving down over coffee, camera zooms out",
+    "a yellow disc moving left and a cyan triangle moving up over galaxy, camera zooms in",
+    "a white square moving up and a blue ring moving right over cat, camera still",
+    "a red cross moving left over brick, camera zooms out",
+    "a purple star moving right and a green disc moving left over the rocket, camera pans left",
+    "an orange triangle moving down and a white cross moving up over the cameraman, camera zooms in",
+    "a cyan ring moving left and a red star moving down over grass, camera pans right",
+    "a blue square moving left over the astronaut, camera still",
+    "a yellow triangle moving right and a purple ring moving up over coffee, camera pans right",
+)
+_EXAMPLE = CALIBRATION_PROMPTS[0]
 
 
 def words_of(prompt: str) -> tuple[str, ...]:
@@ -43,7 +65,7 @@ def words_of(prompt: str) -> tuple[str, ...]:
     objects, scene, camera = _OBJECT.findall(text), _SCENE.search(text), _CAMERA.search(text)
     if not 1 <= len(objects) <= 2 or scene is None:
         raise ValueError(
-            f"the bundled model understands prompts like {_SHAPE_OF_A_PROMPT!r}; got {prompt!r}. "
+            f"the bundled model understands prompts like {_EXAMPLE!r}; got {prompt!r}. "
             f"Scenes: {', '.join(SCENES)}. Colours: {', '.join(COLOURS)}. Shapes: {', '.join(SHAPES)}. "
             f"Directions: {', '.join(DIRECTIONS)}. Cameras: {', '.join(CAMERAS)}."
         )
@@ -55,8 +77,12 @@ def prompt_of(words: tuple[str, ...]) -> str:
     """The sentence that `words_of` turns back into these words."""
     scene, camera, *objects = words
     named = [objects[i : i + 3] for i in (0, 3) if objects[i]]
-    shown = " and ".join(f"a {colour} {shape} moving {direction}" for colour, shape, direction in named)
+    shown = " and ".join(f"{_article(colour)} {colour} {shape} moving {direction}" for colour, shape, direction in named)
     return f"{shown} over {scene}, camera {camera}"
+
+
+def _article(colour: str) -> str:
+    return "an" if colour[0] in "aeiou" else "a"
 
 
 def ids_of(words: tuple[str, ...]) -> list[int]:

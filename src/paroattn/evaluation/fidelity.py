@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-METRICS = ("psnr", "ssim", "cosine")
+LARGEST = {"psnr": math.inf, "ssim": 1.0, "cosine": 1.0}
 DATA_RANGE = 2.0
 SMALLEST_FRAME = 11
 
@@ -147,8 +147,12 @@ def check_frames(frames: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite; {(~finite).sum()} of its {frames.numel()} values are not")
 
 
-def summarise(values: Iterable[float]) -> Summary:
+def summarise(values: Iterable[float], *, largest: float = math.inf) -> Summary:
     """Summarise one number over many clips; see `Summary` for what infinite values do.
+
+    Args:
+        values: One per clip.
+        largest: No value can be larger, so the interval ends there at the latest.
 
     Raises:
         ValueError: If there is no value.
@@ -162,7 +166,7 @@ def summarise(values: Iterable[float]) -> Summary:
     return Summary(
         mean=mean,
         spread=spread,
-        interval=_interval(mean, spread, len(finite)) if len(finite) > 1 else None,
+        interval=_interval(mean, spread, len(finite), largest) if len(finite) > 1 else None,
         lowest=min(values),
         highest=max(values),
         count=len(values),
@@ -171,8 +175,9 @@ def summarise(values: Iterable[float]) -> Summary:
 
 
 def summarise_metrics(fidelities: Sequence[Fidelity]) -> dict[str, Summary]:
-    """Summarise each of `METRICS` over clips."""
-    return {metric: summarise(getattr(fidelity, metric) for fidelity in fidelities) for metric in METRICS}
+    """Summarise PSNR, SSIM and cosine over clips, by name."""
+    columns = {metric: [getattr(fidelity, metric) for fidelity in fidelities] for metric in LARGEST}
+    return {metric: summarise(values, largest=LARGEST[metric]) for metric, values in columns.items()}
 
 
 def evaluate(
@@ -243,9 +248,9 @@ def _cosine(dot: float, one: float, other: float) -> float:
     return max(-1.0, min(1.0, dot / math.sqrt(one * other)))
 
 
-def _interval(mean: float, spread: float, count: int) -> tuple[float, float]:
+def _interval(mean: float, spread: float, count: int, largest: float) -> tuple[float, float]:
     half = _student_975(count - 1) * spread / math.sqrt(count)
-    return mean - half, mean + half
+    return mean - half, min(mean + half, largest)
 
 
 _STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

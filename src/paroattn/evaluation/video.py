@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -61,9 +62,12 @@ def to_pixels(frames: Tensor) -> np.ndarray:
 
 
 def difference(dense: Tensor, sparse: Tensor, gain: float) -> Tensor:
-    """Amplified absolute difference as a clip: black where both agree, (F, 3, H, W) in [-1, 1]."""
-    gap = (sparse.float().clamp(-1, 1) - dense.float().clamp(-1, 1)).abs()
-    return (gap * gain).clamp(max=2) - 1
+    """Largest absolute difference of the three colours, amplified, as a grey clip (F, 3, H, W) in [-1, 1].
+
+    Black where both clips agree, white where they differ by 1 / gain of the range or more.
+    """
+    gap = (sparse.float().clamp(-1, 1) - dense.float().clamp(-1, 1)).abs().amax(1, keepdim=True)
+    return ((gap * gain).clamp(max=2) - 1).expand(-1, 3, -1, -1)
 
 
 def sprite_sheet(frames: Tensor, *, fps: float = DEFAULT_FPS, budget: int = SHEET_BUDGET) -> SpriteSheet:
@@ -81,14 +85,14 @@ def sprite_sheet(frames: Tensor, *, fps: float = DEFAULT_FPS, budget: int = SHEE
     stride = -(-len(frames) // SHEET_FRAMES)
     pixels = _shrunk(to_pixels(frames[::stride]))
     count, height, width, _ = pixels.shape
-    sheet, columns = _tiled(pixels)
+    sheet, columns = _tiled(pixels, CODEC_BLOCK)
     data, lossless = _webp_within(Image.fromarray(sheet), budget)
     cell = (sheet.shape[1] // columns, sheet.shape[0] // -(-count // columns))
     return SpriteSheet(data, count, columns, width, height, cell, fps / stride, lossless)
 
 
 def write_clip(frames: Tensor, path: str | os.PathLike, *, fps: float = DEFAULT_FPS, scale: int | None = None) -> Path:
-    """Write a clip as .gif, .webp, .mp4, or .png (all frames side by side).
+    """Write a clip as .gif, .webp, .mp4, or .png (all frames in one picture).
 
     Args:
         frames: (F, 3, H, W) in [-1, 1].
@@ -168,13 +172,18 @@ def _resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in resize])
 
 
-def _tiled(pixels: np.ndarray) -> tuple[np.ndarray, int]:
-    """Frames as one picture and its number of columns; edges are repeated up to the codec's blocks, against bleeding."""
+def _tiled(pixels: np.ndarray, block: int) -> tuple[np.ndarray, int]:
+    """All frames as one nearly square picture, and its number of columns; edges are repeated up to whole blocks."""
     count, height, width, _ = pixels.shape
-    columns = max(1, round((count * height / width) ** 0.5))
+
+    def shortfall(columns: int) -> float:
+        rows = -(-count // columns)
+        return abs(math.log(columns * width / (rows * height))) + (rows * columns - count) / count
+
+    columns = min(range(1, count + 1), key=shortfall)
     rows = -(-count // columns)
-    margins = [(0, rows * columns - count), (0, -height % CODEC_BLOCK), (0, -width % CODEC_BLOCK), (0, 0)]
-    cells = np.pad(pixels, margins, mode="edge")
+    cells = np.pad(pixels, [(0, 0), (0, -height % block), (0, -width % block), (0, 0)], mode="edge")
+    cells = np.pad(cells, [(0, rows * columns - count), (0, 0), (0, 0), (0, 0)])
     grid = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(grid.reshape(rows * cells.shape[1], columns * cells.shape[2], 3)), columns
 
@@ -204,7 +213,7 @@ def _write_animation(pixels: np.ndarray, path: Path, fps: float) -> None:
 
 
 def _write_sheet(pixels: np.ndarray, path: Path, fps: float) -> None:
-    Image.fromarray(np.concatenate(list(pixels), axis=1)).save(path)
+    Image.fromarray(_tiled(pixels, block=1)[0]).save(path)
 
 
 def _write_mp4(pixels: np.ndarray, path: Path, fps: float) -> None:

@@ -70,15 +70,16 @@ def reference_attention(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_, k_, v_ = (to_kernel_order(x.to(compute), table, order) for x in (q, k, v))
     batch, heads, tokens, _ = q_.shape
-    limit = torch.full((batch,), tokens, device=q.device) if valid_tokens is None else valid_tokens
-    real = torch.arange(tokens, device=q.device) < limit[:, None]
+    real = None
+    if valid_tokens is not None:
+        real = (torch.arange(tokens, device=q.device) < valid_tokens[:, None])[:, None]  # (B, 1, N)
+        v_ = v_ * real[..., None]
     smoothed = FORMATS[precision.qk].scaled
-    mean = k_.new_zeros(())
-    if smoothed:
-        weight = real[:, None, :, None].to(compute)
-        mean = (k_ * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
-    q_hat, k_hat = _round_qk(q_, k_ - mean, mask.block, precision)
-    v_hat = dequantize(*quantize(v_ * real[:, None, :, None], FORMATS[precision.pv], "channel"))
+    mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
+    k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
+    q_hat, k_hat = _round_qk(q_, k_, mask.block, precision)
+    q_hat = q_hat * softmax_scale
+    v_hat = dequantize(*quantize(v_, FORMATS[precision.pv], "channel"))
 
     out, lse = torch.empty_like(q_), q_.new_empty(batch, heads, tokens)
     kept = mask.dense()
@@ -86,8 +87,9 @@ def reference_attention(
     for first in range(0, mask.query_blocks, block_rows):
         rows = slice(first * mask.block[0], min(tokens, (first + block_rows) * mask.block[0]))
         keep = kept[:, first : first + block_rows].repeat_interleave(mask.block[0], 1)[:, : rows.stop - rows.start]
-        keep = keep.repeat_interleave(mask.block[1], 2)[..., :tokens] & real[:, None, None]
-        scores = (q_hat[:, :, rows] @ k_hat.mT * softmax_scale).masked_fill_(~keep, -math.inf)
+        keep = keep.repeat_interleave(mask.block[1], 2)[..., :tokens]
+        keep = keep if real is None else keep & real[:, :, None]
+        scores = (q_hat[:, :, rows] @ k_hat.mT).masked_fill_(~keep, -math.inf)
         p, largest = _round_p(scores, mask.block[1], precision)
         total = p.sum(-1, keepdim=True)
         out[:, :, rows] = p @ v_hat / total
@@ -96,6 +98,13 @@ def reference_attention(
         lse += (q_ @ mean.mT).squeeze(-1) * softmax_scale
     lse = to_model_order(lse[..., None], table, order).squeeze(-1).transpose(1, 2)
     return to_model_order(out, table, order).to(q.dtype), lse
+
+
+def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real tokens, (B, H, 1, D)."""
+    if real is None:
+        return k.mean(2, keepdim=True)
+    return (k * real[..., None]).sum(2, keepdim=True) / real.sum(2)[..., None, None]
 
 
 def _round_qk(q: Tensor, k: Tensor, block: tuple[int, int], precision: Precision) -> tuple[Tensor, Tensor]:
@@ -107,11 +116,11 @@ def _round_qk(q: Tensor, k: Tensor, block: tuple[int, int], precision: Precision
 
 
 def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, Tensor]:
-    """exp(scores − row maximum) as the second product sees it, and the row maximum."""
+    """exp(scores − row maximum) as the second product sees it, and the row maximum. Overwrites `scores`."""
     form = FORMATS[P_FORMAT.get(precision.pv, precision.pv)]
     largest = scores.amax(-1, keepdim=True)
     if not form.scaled:
-        return round_to((scores - largest).exp_(), form), largest
+        return round_to(scores.sub_(largest).exp_(), form), largest
     tokens = scores.shape[-1]
     padding = blocks_of(tokens, block) * block - tokens
     blocks = torch.nn.functional.pad(scores, (0, padding), value=-math.inf).unflatten(-1, (-1, block))

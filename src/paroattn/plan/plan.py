@@ -26,6 +26,7 @@ from ..precision import Precision
 
 FORMAT_VERSION = 1
 COMPONENTS = ("transformer", "transformer_2")
+MARKER = "*/plan.json"
 
 
 class PlanError(ValueError):
@@ -166,11 +167,15 @@ class Plan(Mapping[str, TransformerPlan]):
             FileExistsError: If the folder exists and holds something other than a plan.
             PermissionError: If the folder cannot be written.
         """
-        with writing_folder(folder, marker="*/plan.json") as target:
-            for name, plan in self.items():
-                (target / name).mkdir()
-                _write_component(plan, target / name)
+        with writing_folder(folder, marker=MARKER) as target:
+            self.write(target)
         return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the plan into a folder that exists and is still private."""
+        for name, plan in self.items():
+            (folder / name).mkdir()
+            _write_component(plan, folder / name)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> "Plan":

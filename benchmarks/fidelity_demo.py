@@ -1,0 +1,158 @@
+"""How close the bundled model's clips stay to its dense clips, for every score, budget, density and precision.
+
+    python benchmarks/fidelity_demo.py --out benchmarks/results/fidelity_demo.json
+
+Plans come from two prompts, clips from sixteen others; both sides of a pair use the same attention code, noise and number
+format, and no step is dense. Rows are merged by key into the result file.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from paroattn import apply, remove
+from paroattn.block_mask import BlockMask
+from paroattn.capture import CaptureSettings, Statistics
+from paroattn.demo.pipeline import STEPS, load_demo, weights_sha256
+from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+from paroattn.evaluation.fidelity import compare, summarise
+from paroattn.grid import ORDERS, TILES
+from paroattn.integration.calibrate import collect
+from paroattn.plan.plan import LayerPlan, Plan, TransformerPlan
+from paroattn.plan.search import PHASE_ENDS, PlanSettings, make_plan
+from records import environment, merge
+from torch import Tensor
+
+DENSITIES = (0.5, 0.3, 0.2, 0.1)
+KEY = ("order_score", "mask_score", "budget", "orders", "density_target", "precision", "block", "steps", "phase_ends")
+PRECISIONS = ("int8", "int8-pv", "int8-qk", "int4")
+FIRST_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a plan is made."""
+
+    order_score: str
+    mask_score: str
+    budget: str
+    orders: str = "six"
+
+
+RULES = (
+    Rule("output_error", "output_error", "layer_normalised"),
+    Rule("output_error", "output_error", "layer_normalised", "six+tiles"),
+    Rule("paper", "mass", "global"),
+    Rule("paper", "mass", "per_head"),
+    Rule("none", "output_error", "layer_normalised"),
+    Rule("mass", "mass", "global"),
+    Rule("mass", "mass", "per_head"),
+    Rule("none", "mass", "global"),
+    Rule("none", "mass", "per_head"),
+    Rule("output_error", "output_error", "global"),
+    Rule("output_error", "output_error", "per_head"),
+)
+CANDIDATES = {"six": ORDERS, "six+tiles": ORDERS + TILES}
+
+
+def all_kept(plan: TransformerPlan) -> TransformerPlan:
+    """The same orders with every block kept."""
+
+    def full(layer: LayerPlan) -> LayerPlan:
+        return replace(layer, mask=BlockMask.from_dense(torch.ones_like(layer.mask.dense()), plan.block))
+
+    return replace(plan, layers={name: full(layer) for name, layer in plan.layers.items()})
+
+
+class Bench:
+    def __init__(self, device: str, clips: int, steps: int, impl: str):
+        self.pipe, self.steps, self.impl = load_demo(device), steps, impl
+        self.prompts = EVALUATION_PROMPTS[:clips]
+        self.dense: Tensor | None = None
+
+    def clips(self, plan: TransformerPlan, precision: str) -> Tensor:
+        generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index in range(len(self.prompts))]
+        apply(self.pipe, Plan({"transformer": plan}), precision=precision, impl=self.impl)
+        try:
+            return self.pipe(self.prompts, num_inference_steps=self.steps, generator=generators).frames.cpu() * 2 - 1
+        finally:
+            remove(self.pipe)
+
+    def row(self, plan: TransformerPlan, precision: str) -> dict:
+        assert self.dense is not None
+        clips = self.clips(plan, precision)
+        pairs = [compare(dense, sparse) for dense, sparse in zip(self.dense, clips, strict=True)]
+        psnr, ssim = summarise([pair.psnr for pair in pairs]), summarise([pair.ssim for pair in pairs])
+        return {
+            "density_executed": round(plan.density, 5),
+            "precision": precision,
+            "block": "x".join(map(str, plan.block)),
+            "steps": self.steps,
+            "phases": len(plan.phases),
+            "psnr_mean": round(psnr.mean, 3),
+            "psnr_std": round(psnr.spread, 3),
+            "psnr_min": round(psnr.lowest, 3),
+            "ssim_mean": round(ssim.mean, 5),
+            "clips": len(pairs),
+        }
+
+
+def rows(bench: Bench, statistics: Statistics, args: argparse.Namespace) -> Iterator[dict]:
+    """Every row of the table, the most important first."""
+    common = {"phase_ends": list(args.phase_ends), "calibration_prompts": len(CALIBRATION_PROMPTS)}
+
+    def plan(rule: Rule, density: float) -> TransformerPlan:
+        settings = PlanSettings(
+            density, rule.order_score, rule.mask_score, rule.budget, CANDIDATES[rule.orders], args.phase_ends, "bf16"
+        )
+        return make_plan(statistics, settings)
+
+    default = RULES[0]
+    dense = all_kept(plan(default, 1.0))
+    bench.dense = bench.clips(dense, "bf16")
+    nothing = {"order_score": "none", "mask_score": None, "budget": None, "orders": None, "density_target": 1.0}
+    for precision in PRECISIONS if not args.rules_only else ():
+        yield common | nothing | bench.row(dense, precision)
+    if not args.rules_only:
+        yield common | vars(default) | {"density_target": 0.3} | bench.row(plan(default, 0.3), "int8")
+    for rule in RULES[: args.rules]:
+        for density in args.densities:
+            yield common | vars(rule) | {"density_target": density} | bench.row(plan(rule, density), "bf16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--impl", default="reference")
+    parser.add_argument("--clips", type=int, default=len(EVALUATION_PROMPTS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--calibration-steps", type=int, default=10)
+    parser.add_argument("--phase-ends", type=float, nargs="+", default=PHASE_ENDS)
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--rules", type=int, default=len(RULES), help="only the first so many rules")
+    parser.add_argument("--rules-only", action="store_true", help="no rows that differ in precision")
+    parser.add_argument("--statistics", type=Path, help="read or keep the statistics here")
+    args = parser.parse_args()
+    args.phase_ends = tuple(args.phase_ends)
+    bench = Bench(args.device, args.clips, args.steps, args.impl)
+    began = time.time()
+    if args.statistics and args.statistics.is_dir():
+        statistics = Statistics.load(args.statistics)
+    else:
+        capture = CaptureSettings(orders=ORDERS + TILES)
+        statistics = collect(bench.pipe, CALIBRATION_PROMPTS, steps=args.calibration_steps, capture=capture)["transformer"]
+        if args.statistics:
+            statistics.save(args.statistics)
+    print(f"statistics after {time.time() - began:.1f} s", flush=True)
+    about = environment() | {"weights_sha256": weights_sha256()}
+    for row in rows(bench, statistics, args):
+        merge(args.out, [row | about], KEY)
+        print(f"{time.time() - began:6.1f} s", {name: row[name] for name in (*KEY[:6], "density_executed", "psnr_mean", "psnr_min")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Result files: {"rows": [...]}, merged by key, so that a benchmark never drops rows it did not measure."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Date, device and versions, as every row has them."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "torch": torch.__version__.split("+")[0],
+        "triton": None,
+    }
+
+
+def merge(path: Path, rows: Sequence[dict[str, Any]], key: Sequence[str]) -> None:
+    """Put rows into a result file; a row replaces the one that agrees with it in every field of `key`."""
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {json.dumps([row.get(name) for name in key]) for row in rows}
+    kept = [row for row in kept if json.dumps([row.get(name) for name in key]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
+    scratch = path.with_suffix(".new")
+    scratch.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    scratch.replace(path)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,121 @@
+"""The bundled model as a diffusers pipeline: a prompt in, a clip of 16 frames out."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from .conditioner import Conditioner
+
+MODEL = Path(__file__).parent / "model"
+PLAN = Path(__file__).parent / "plan"
+FRAMES, HEIGHT, WIDTH = 16, 52, 72
+STEPS = 24
+GUIDANCE = 2.0
+
+
+@dataclass
+class DemoOutput(BaseOutput):
+    """Clips of the bundled model.
+
+    Attributes:
+        frames: (B, F, 3, H, W) float32, in [0, 1] for output type "pt", in the model's [-1, 1] for "latent".
+    """
+
+    frames: Tensor
+
+
+class DemoPipeline(DiffusionPipeline):
+    """Generates clips in pixel space with a small Wan transformer; there is no VAE and no text encoder."""
+
+    model_cpu_offload_seq = "conditioner->transformer"
+
+    def __init__(
+        self, transformer: WanTransformer3DModel, scheduler: FlowMatchEulerDiscreteScheduler, conditioner: Conditioner
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, conditioner=conditioner)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pt",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], Any] | None = None,
+    ) -> DemoOutput:
+        """Generate one clip per prompt.
+
+        Args:
+            prompt: In the words of `demo.prompt`, such as "a red disc moving right over coffee, camera pans left".
+            num_inference_steps: Steps of the scheduler.
+            guidance_scale: Classifier-free guidance; 1 turns it off and halves the time.
+            generator: One for all clips, or one per clip.
+            output_type: "pt" for frames in [0, 1], "latent" for the model's own values.
+            callback_on_step_end: Called after every step as in other diffusers pipelines; its result is ignored.
+
+        Raises:
+            ValueError: If a prompt uses unknown words, or an argument is out of range.
+        """
+        if output_type not in ("pt", "latent"):
+            raise ValueError(f"output_type must be pt or latent; got {output_type!r}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be 1 or more; got {num_inference_steps}")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("at least one prompt is needed; got none")
+        device, dtype = self.transformer.device, self.transformer.dtype
+        wanted = self.conditioner.encode(prompts).to(dtype)
+        unguided = self.conditioner.encode([""] * len(prompts)).to(dtype)
+        clips = self._noise(len(prompts), generator).to(device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            when = timestep.expand(len(prompts))
+            with self.transformer.cache_context("cond"):
+                velocity = self.transformer(clips.to(dtype), when, wanted, return_dict=False)[0]
+            if guidance_scale != 1:
+                with self.transformer.cache_context("uncond"):
+                    plain = self.transformer(clips.to(dtype), when, unguided, return_dict=False)[0]
+                velocity = plain + guidance_scale * (velocity - plain)
+            clips = self.scheduler.step(velocity.float(), timestep, clips, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, timestep, {"latents": clips})
+        self.maybe_free_model_hooks()
+        frames = clips.transpose(1, 2)
+        return DemoOutput(frames=frames if output_type == "latent" else frames.clamp(-1, 1) / 2 + 0.5)
+
+    def _noise(self, clips: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+        shape = (3, FRAMES, HEIGHT, WIDTH)
+        generators = list(generator) if isinstance(generator, Sequence) else [generator] * clips
+        if len(generators) != clips:
+            raise ValueError(f"{clips} prompts need one generator or {clips}; got {len(generators)}")
+        drawn = [
+            torch.randn(shape, generator=one, device=one.device if one is not None else "cpu").cpu() for one in generators
+        ]
+        return torch.stack(drawn)
+
+
+def load_demo(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DemoPipeline:
+    """The bundled pipeline with its weights, ready to use."""
+    transformer = WanTransformer3DModel.from_pretrained(MODEL / "transformer", torch_dtype=dtype)
+    conditioner = Conditioner.from_pretrained(MODEL / "conditioner", torch_dtype=dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
+    pipe = DemoPipeline(transformer, scheduler, conditioner).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def weights_sha256() -> str:
+    """SHA-256 over the bundled weights, file by file in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(MODEL.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

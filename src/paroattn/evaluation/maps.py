@@ -1,0 +1,38 @@
+"""Picks the heads whose attention maps show best what reordering does."""
+
+from collections.abc import Sequence
+
+from ..capture import Statistics
+from ..plan.plan import TransformerPlan
+from .report import AttentionMap
+
+
+def instructive_maps(statistics: Statistics, plan: TransformerPlan, count: int = 4) -> list[AttentionMap]:
+    """The heads that gain most from reordering, one for each chosen order first.
+
+    Args:
+        statistics: Of the calibration that the plan was made from, with "FHW" among its orders.
+        plan: The plan.
+        count: How many heads.
+    """
+    ranked = sorted(_maps(statistics, plan), key=_gain, reverse=True)
+    first_of_order = list({each.order: each for each in reversed(ranked)}.values())
+    firsts = sorted(first_of_order, key=_gain, reverse=True)
+    return (firsts + [each for each in ranked if each not in firsts])[:count]
+
+
+def _maps(statistics: Statistics, plan: TransformerPlan) -> Sequence[AttentionMap]:
+    orders = statistics.settings.orders
+    maps = []
+    for name, layer in plan.layers.items():
+        mass, kept = statistics.mean(name, "mass"), layer.mask.dense()[-1]
+        for head, order in enumerate(layer.orders):
+            before, after = mass[orders.index("FHW"), head], mass[orders.index(order), head]
+            maps.append(AttentionMap(name, head, order, before, after, kept[head]))
+    return maps
+
+
+def _gain(each: AttentionMap) -> float:
+    """Attention in the kept blocks beyond what as many blocks could hold in the model's own order."""
+    most = each.before.flatten().topk(int(each.kept.sum())).values.sum() / each.before.sum()
+    return each.mass_kept - float(most)

@@ -1,0 +1,189 @@
+"""The verbs: put a plan on a model and take it off again, run dense in between, record what layers see, and report."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan
+from ..precision import Precision
+from .backend import Call, Observer
+from .hook import PlanHook, hook_of
+from .models import head_size, self_attentions
+from .report import Report, describe
+
+
+def apply(
+    target: Any,
+    plan: Plan | TransformerPlan,
+    *,
+    strict: bool = True,
+    precision: str | Precision | None = None,
+    impl: str = "auto",
+) -> None:
+    """Run a model's self-attentions by a plan, until `remove`.
+
+    Args:
+        target: A diffusers pipeline, or one transformer with a TransformerPlan.
+        plan: What was calibrated.
+        strict: Raise before the first block if a call does not fit the plan. False runs such calls dense, with one
+            warning and a line in the report.
+        precision: Instead of the plan's, for all heads.
+        impl: Which implementation runs, see `paroattn.attention`.
+
+    Raises:
+        PlanError: If the plan does not fit the model; the model is unchanged.
+        ValueError: If the model is unknown, split over devices, or carries a plan already.
+        TypeError: If target or plan are of another kind.
+    """
+    transformers, pipeline = _transformers(target)
+    plans = _plans(transformers, pipeline, plan, strict)
+    settings: dict[str, Any] = {"strict": strict, "precision": precision and Precision.parse(precision), "impl": impl}
+    for name, part in plans.items():
+        _check_free(transformers[name])
+        sizes = {layer: head_size(attn) for layer, attn in self_attentions(transformers[name]).items()}
+        part.check_fits(type(transformers[name]).__name__, sizes)
+    hooks = {name: PlanHook(transformers[name], pipeline, part, **settings) for name, part in plans.items()}
+    for name, hook in hooks.items():
+        hook.install(transformers[name])
+
+
+def remove(target: Any) -> None:
+    """Undo `apply`: the original processors come back and nothing else stays.
+
+    Raises:
+        ValueError: If no plan is applied.
+    """
+    for transformer, hook in _applied(target).values():
+        hook.uninstall(transformer)
+
+
+@contextmanager
+def dense(target: Any) -> Iterator[None]:
+    """Run the layers of an applied plan dense inside the block.
+
+    Raises:
+        ValueError: If no plan is applied.
+    """
+    hooks = [hook for _, hook in _applied(target).values()]
+    for hook in hooks:
+        hook.dense_depth += 1
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.dense_depth -= 1
+
+
+@contextmanager
+def recording(target: Any, observer: Callable[..., None], *, transformer: nn.Module | None = None) -> Iterator[None]:
+    """Run dense and show an observer what every layer's self-attention sees.
+
+    Args:
+        target: A diffusers pipeline or one transformer, without a plan.
+        observer: Called as observer(layer, attn, q, k, v, noise_level, branch, grid, text, transformer) before each
+            attention: module path and module, q, k, v (B, N, H, D) after RoPE, noise level or None, name of the
+            guidance branch or None, sequence, and the model it belongs to.
+        transformer: Watch only this one of the pipeline's.
+
+    Raises:
+        ValueError: If the model is unknown, split over devices, or carries a plan already.
+    """
+    found, pipeline = _transformers(target)
+    watched = [each for each in found.values() if transformer is None or _unwrapped(transformer) is each]
+    if not watched:
+        raise ValueError(f"the transformer to watch must be the pipeline's {' or '.join(found)}; got another one")
+    for each in watched:
+        _check_free(each)
+    hooks = [PlanHook(each, pipeline, observer=_observing(each, observer)) for each in watched]
+    for each, hook in zip(watched, hooks, strict=True):
+        hook.install(each)
+    try:
+        yield
+    finally:
+        for each, hook in zip(watched, hooks, strict=True):
+            if hook_of(each) is hook:
+                hook.uninstall(each)
+
+
+def set_noise_level(target: Any, noise_level: float | None) -> None:
+    """Say at which noise level the coming calls run, where no scheduler can tell.
+
+    Args:
+        target: What `apply` or `recording` was given.
+        noise_level: σ for flow matching, √(1−ᾱ) for variance-preserving schedulers; None asks the scheduler again.
+
+    Raises:
+        ValueError: If no plan is applied, or the level is not within 0…1.
+    """
+    if noise_level is not None and not 0 <= noise_level <= 1:
+        raise ValueError(f"a noise level must be within 0…1; got {noise_level}. Give σ, or √(1−ᾱ), not the timestep.")
+    for _, hook in _applied(target, recording=True).values():
+        hook.schedule.given = noise_level
+
+
+def report(target: Any) -> Report:
+    """Say what was executed: density by layer and phase, and dense calls with their reasons.
+
+    Raises:
+        ValueError: If no plan is applied.
+    """
+    return Report({name: describe(transformer, hook) for name, (transformer, hook) in _applied(target).items()})
+
+
+def _observing(transformer: nn.Module, observer: Callable[..., None]) -> Observer:
+    def observe(layer: str, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+        assert call.layout is not None
+        grid, text = call.layout.grid, call.layout.text
+        observer(layer, attn, q, k, v, call.noise_level, call.branch, grid, text, transformer)
+
+    return observe
+
+
+def _transformers(target: Any) -> tuple[dict[str, nn.Module], Any]:
+    """Transformers by component name, and the pipeline they came in."""
+    pipeline = None if isinstance(target, nn.Module) else target
+    found = {name: getattr(target, name, None) for name in COMPONENTS} if pipeline else {COMPONENTS[0]: target}
+    found = {name: _unwrapped(each) for name, each in found.items() if isinstance(each, nn.Module)}
+    if not found:
+        raise TypeError(f"a pipeline with a transformer, or a transformer, is needed; got {type(target).__name__}")
+    return found, pipeline
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _plans(transformers: dict[str, nn.Module], pipeline: Any, plan: Any, strict: bool) -> dict[str, TransformerPlan]:
+    if isinstance(plan, TransformerPlan) and len(transformers) == 1:
+        return dict.fromkeys(transformers, plan)
+    if not isinstance(plan, Plan) or pipeline is None:
+        takes = "a Plan" if pipeline is not None else 'a TransformerPlan, such as plan["transformer"],'
+        raise TypeError(f"{takes} is needed for {', '.join(transformers)}; got {type(plan).__name__}")
+    fitting = {name: plan[name] for name in transformers if name in plan}
+    missing = sorted(set(transformers) - set(plan))
+    if not fitting or (missing and strict):
+        raise PlanError(
+            f"the pipeline has {', '.join(transformers)}; the plan has {', '.join(plan)}. Calibrate this pipeline, or "
+            "apply with strict=False to leave a transformer that has no plan dense."
+        )
+    return fitting
+
+
+def _check_free(transformer: nn.Module) -> None:
+    hook = hook_of(transformer)
+    if hook is not None:
+        state = "is being recorded" if hook.plan is None else "has a plan applied"
+        raise ValueError(f"the transformer must carry no plan; this one {state}. Call paroattn.remove first.")
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError("the transformer must be whole on one device; this one is split by enable_parallelism")
+
+
+def _applied(target: Any, recording: bool = False) -> dict[str, tuple[nn.Module, PlanHook]]:
+    hooks = {name: (transformer, hook_of(transformer)) for name, transformer in _transformers(target)[0].items()}
+    found = {name: (module, hook) for name, (module, hook) in hooks.items() if hook and (hook.plan or recording)}
+    if not found:
+        raise ValueError("a plan must be applied; this model carries none. Call paroattn.apply first.")
+    return found

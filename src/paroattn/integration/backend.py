@@ -1,0 +1,199 @@
+"""A member "paro" of diffusers' attention dispatcher, and the function it dispatches to.
+
+The dispatcher hands over q, k and v but not the layer they belong to. A planned layer therefore sends itself along in
+the slot of `parallel_config`, which diffusers passes on unread; a call without a layer runs dense.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..grid import Layout
+from ..kernels.attention import attention
+from ..plan.plan import LayerPlan
+from ..precision import Precision
+
+NAME = "paro"
+NATIVE = attention_dispatch.AttentionBackendName.NATIVE
+LAYOUTS_KEPT = 4
+
+Observer = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What holds for every layer during one call of the transformer.
+
+    Attributes:
+        layout: Sequence of the self-attentions; None if the call does not tell.
+        noise_level: None if unknown.
+        branch: Name of the cache context, such as "cond" or "uncond".
+        phase: The plan's phase; None for a dense call.
+        dense: Why the call runs dense.
+        observer: Called as observer(layer name, attention module, q, k, v, call) before each attention.
+    """
+
+    layout: Layout | None
+    noise_level: float | None
+    branch: str | None
+    phase: int | None = None
+    dense: str | None = None
+    observer: Observer | None = None
+
+
+class Owner(Protocol):
+    """What a layer asks of the transformer it belongs to."""
+
+    call: Call | None
+    precision: Precision | str | None
+    impl: str
+
+    def fall_back(self, reason: str, remedy: str) -> str: ...
+
+    def table(self, layout: Layout, device: torch.device) -> Tensor: ...
+
+
+class Layer:
+    """One planned self-attention: its part of the plan, and what became of its calls.
+
+    Attributes:
+        sparse_calls: By phase and number of text tokens.
+        dense_calls: By reason. Neither counts calls inside torch.compile.
+    """
+
+    def __init__(self, name: str, attn: Any, owner: Owner, plan: LayerPlan | None = None, orders: tuple[str, ...] = ()):
+        self.name, self.attn, self.owner, self.plan = name, attn, owner, plan
+        self.original, self.processor = attn.processor, None
+        self.order = torch.tensor([orders.index(order) for order in plan.orders], dtype=torch.int32) if plan else None
+        self.sparse_calls: Counter[tuple[int, int]] = Counter()
+        self.dense_calls: Counter[str] = Counter()
+        self._operands: dict[Any, tuple[BlockMask, Tensor]] = {}
+
+    def operands(self, phase: int, layout: Layout, device: torch.device) -> tuple[BlockMask, Tensor]:
+        """Mask of the whole sequence and order of each head, on `device`; made once and kept."""
+        assert self.plan is not None and self.order is not None
+        key = (phase, layout.text, device)
+        if key not in self._operands:
+            if len(self._operands) >= LAYOUTS_KEPT * len(self.plan.precision):
+                self._operands.clear()
+            mask = self.plan.mask[phase].with_text(layout.grid.tokens, layout.text.tokens)
+            self._operands[key] = mask.to(device), self.order.to(device)
+        return self._operands[key]
+
+    def precision(self, phase: int) -> Precision | str | tuple[str, ...]:
+        """Precision of a phase: one name if all heads agree, else one per head."""
+        assert self.plan is not None
+        heads = self.plan.precision[phase]
+        return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """Attention of a planned layer by its plan and of any other dense; q, k, v and the result are (B, N, H, D)."""
+    dense = functools.partial(
+        dispatch_attention_fn, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    layer = _parallel_config
+    if not isinstance(layer, Layer):
+        return dense(backend=NATIVE, parallel_config=layer)
+    call, counting = layer.owner.call, not torch.compiler.is_compiling()
+    reason = _why_dense(layer, query, key, attn_mask, plain=not (is_causal or dropout_p or enable_gqa))
+    if call is not None and call.observer is not None:
+        call.observer(layer.name, layer.attn, query, key, value, call)
+    if reason is not None:
+        if counting:
+            layer.dense_calls[reason] += 1
+        return dense(backend=_dense_backend(layer))
+    assert call is not None and call.layout is not None and call.phase is not None
+    mask, order = layer.operands(call.phase, call.layout, query.device)
+    out = attention(
+        query, key, value, mask,
+        table=layer.owner.table(call.layout, query.device), order=order,
+        text_tokens=call.layout.text.tokens, valid_text=_valid_text(attn_mask, call.layout),
+        precision=layer.precision(call.phase), softmax_scale=scale, impl=layer.owner.impl,
+    )  # fmt: skip
+    if counting:
+        layer.sparse_calls[call.phase, call.layout.text.tokens] += 1
+    return out
+
+
+@functools.cache
+def paro_backend() -> Any:
+    """The dispatcher's member "paro", registered at the first call.
+
+    Raises:
+        RuntimeError: If this diffusers has another dispatcher.
+    """
+    try:
+        names, registry = attention_dispatch.AttentionBackendName, attention_dispatch._AttentionBackendRegistry
+        if NAME not in names._value2member_map_:
+            member = str.__new__(names, NAME)
+            member._name_, member._value_ = NAME.upper(), NAME
+            names._value2member_map_[NAME] = names._member_map_[NAME.upper()] = member
+            names._member_names_.append(NAME.upper())
+        member = names(NAME)
+        registry.register(member)(attend)
+        return member
+    except (AttributeError, TypeError) as error:
+        raise RuntimeError(
+            f"diffusers must have the attention dispatcher of 0.38 to 0.42; got {diffusers.__version__}: {error}. "
+            "Install one of these versions."
+        ) from error
+
+
+def _dense_backend(layer: Layer) -> Any:
+    """The backend that the layer would run without a plan: its own, else the active one."""
+    chosen = getattr(layer.original, "_attention_backend", None)
+    if chosen is None:
+        chosen, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    return NATIVE if chosen == NAME else chosen
+
+
+def _why_dense(layer: Layer, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool) -> str | None:
+    call = layer.owner.call
+    if call is None:
+        obstacle = "a layer was called outside its transformer"
+    elif call.layout is None or (call.dense is not None and call.observer is None):
+        return call.dense
+    else:
+        obstacle = _obstacle(call.layout, query, key, attn_mask, plain)
+        if obstacle is None:
+            return call.dense
+    return layer.owner.fall_back(obstacle, f"{layer.name} cannot follow a plan then; strict=False runs it dense.")
+
+
+def _obstacle(layout: Layout, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool) -> str | None:
+    if (query.shape[1], key.shape[1]) != (layout.tokens, layout.tokens):
+        return f"grid and text make {layout.tokens} tokens; got {query.shape[1]} queries and {key.shape[1]} keys"
+    if not plain:
+        return "the attention is causal, grouped or has dropout"
+    per_key = attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.numel() == key.shape[0] * key.shape[1])
+    if not per_key or (attn_mask is not None and layout.text.tokens == 0):
+        return "the attention mask is not one of padded text"
+    return None
+
+
+def _valid_text(attn_mask: Tensor | None, layout: Layout) -> Tensor | None:
+    """Number of real text tokens (B,), from a mask over keys; models put padding behind the real ones."""
+    if attn_mask is None:
+        return None
+    ahead = 0 if layout.text.side == "prefix" else layout.grid.tokens
+    return attn_mask.flatten(1)[:, ahead : ahead + layout.text.tokens].sum(1, dtype=torch.int32)

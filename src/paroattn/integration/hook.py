@@ -1,0 +1,188 @@
+"""What an applied transformer carries: before the first block of every call it says how the layers run it.
+
+The work is done in a forward pre-hook of PyTorch. A diffusers ModelHook on the transformer itself would be discarded by
+model CPU offload, which restores `forward` after every pipeline call, and would run the original's weights in a deep
+copy. Only the cache context and the reset come through a diffusers hook, on an empty child module.
+"""
+
+import inspect
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+from torch import Tensor, nn
+
+from ..grid import Grid, Layout, TextSpan
+from ..plan.plan import PlanError, TransformerPlan
+from ..precision import Precision
+from .backend import LAYOUTS_KEPT, Call, Layer, Observer
+from .models import self_attentions, spec_of
+from .processor import planned_processor
+from .schedule import NoiseSchedule, branch_of
+
+HOOK = "paroattn"
+
+
+class PlanHook(ModelHook):
+    """A plan, or an observer, on one transformer.
+
+    Attributes:
+        call: The running call of the transformer.
+        calls: Calls of the transformer, by "sparse" or the reason why they ran dense.
+        grids: Calls by grid.
+        replaced: Layers whose processor someone else has taken away.
+        dense_depth: How many `paroattn.dense` are open.
+    """
+
+    _is_stateful = True
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        pipeline: Any = None,
+        plan: TransformerPlan | None = None,
+        observer: Observer | None = None,
+        *,
+        strict: bool = True,
+        precision: str | Precision | None = None,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.plan, self.observer, self.strict, self.precision, self.impl = plan, observer, strict, precision, impl
+        self.spec, self.schedule = spec_of(transformer), NoiseSchedule(pipeline)
+        self.context = StateManager(BaseState)
+        self.call: Call | None = None
+        self.calls: Counter[str] = Counter()
+        self.grids: Counter[str] = Counter()
+        self.replaced: list[str] = []
+        self.dense_depth = 0
+        self._signature = inspect.signature(type(transformer).forward)
+        self._warned: set[str] = set()
+        self._tables: dict[tuple[TextSpan, torch.device], Tensor] = {}
+        planned = plan.layers if plan else {}
+        self._orders = tuple(sorted({order for layer in planned.values() for order in layer.orders}))
+        self.layers = {
+            name: Layer(name, attn, self, planned.get(name), self._orders)
+            for name, attn in self_attentions(transformer).items()
+        }
+        for layer in self.layers.values():
+            layer.processor = planned_processor(layer, self.spec.adapter)
+
+    def install(self, transformer: nn.Module) -> None:
+        anchor = nn.Module()
+        HookRegistry.check_if_exists_or_initialize(anchor).register_hook(self, HOOK)
+        transformer.add_module(HOOK, anchor)
+        _forget_children(transformer)
+        self._handles = [
+            transformer.register_forward_pre_hook(self.before, with_kwargs=True),
+            transformer.register_forward_hook(self.after, always_call=True),
+        ]
+        for layer in self.layers.values():
+            layer.attn.processor = layer.processor
+
+    def uninstall(self, transformer: nn.Module) -> None:
+        for layer in self.layers.values():
+            if layer.attn.processor is layer.processor:
+                layer.attn.processor = layer.original
+        for handle in self._handles:
+            handle.remove()
+        delattr(transformer, HOOK)
+        _forget_children(transformer)
+        self.strict = False  # a processor that someone kept runs dense
+
+    def before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Look at a call and decide how its layers run."""
+        arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments
+        grid, text = self.spec.grid(transformer, arguments), self.spec.text(transformer, arguments)
+        context = self.context._context
+        noise_level = self.schedule.level(context)
+        self._notice_replaced()
+        phase, reason = self._decide(grid, text, noise_level)
+        layout = Layout(grid, text) if grid else None
+        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
+        self.calls["sparse" if reason is None else reason] += 1
+        self.grids[str(grid)] += 1
+
+    def after(self, *_: Any) -> None:
+        self.call = None
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.schedule.reset()
+        self.context.reset()
+        return module
+
+    def fall_back(self, reason: str, remedy: str) -> str:
+        """Return the reason for a dense call after warning once.
+
+        Raises:
+            PlanError: In strict mode.
+        """
+        if self.strict:
+            raise PlanError(f"{reason}. {remedy}")
+        self._warn(f"{reason}: such calls run dense")
+        return reason
+
+    def table(self, layout: Layout, device: torch.device) -> Tensor:
+        """Gather tables of the plan's orders, shared by all layers."""
+        key = (layout.text, device)
+        if key not in self._tables:
+            if len(self._tables) >= LAYOUTS_KEPT:
+                self._tables.clear()
+            self._tables[key] = layout.table(self._orders).to(device)
+        return self._tables[key]
+
+    def _decide(self, grid: Grid | None, text: TextSpan, noise_level: float | None) -> tuple[int | None, str | None]:
+        """The phase, or the reason why the call runs dense."""
+        plan = self.plan
+        if self.dense_depth:
+            return None, "inside paroattn.dense"
+        if plan is None:
+            if grid is None:
+                raise PlanError("the call's arguments must tell the grid; got none. Pass latents (B, C, F, H, W).")
+            return None, "recording"
+        if grid != plan.grid:
+            return None, self.fall_back(
+                f"the plan is for a grid of {plan.grid} tokens (frames x height x width); this call has {grid}",
+                "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
+            )
+        if text.tokens and text.side != plan.text.side:
+            return None, self.fall_back(
+                f"the plan is for text as {plan.text.side}; this call has it as {text.side}",
+                "Calibrate this model again.",
+            )
+        if len(plan.phases) == 1:
+            return 0, None
+        if noise_level is None:
+            return None, self.fall_back(
+                f"the plan has {len(plan.phases)} phases; the noise level of this call is not known",
+                "Apply to the pipeline rather than its transformer, or call set_noise_level before each step.",
+            )
+        return plan.phase_at(noise_level), None
+
+    def _notice_replaced(self) -> None:
+        self.replaced = [name for name, layer in self.layers.items() if layer.attn.processor is not layer.processor]
+        if self.replaced:
+            self._warn(
+                f"the attention processors of {len(self.replaced)} planned layers ({self.replaced[0]}, …) were "
+                "replaced after apply, so they run without the plan. Call paroattn.remove and apply again"
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{message}.", stacklevel=2)
+
+
+def hook_of(transformer: nn.Module) -> PlanHook | None:
+    """What `apply` or `recording` put on a transformer, if anything."""
+    anchor = transformer._modules.get(HOOK)
+    return None if anchor is None else HookRegistry.check_if_exists_or_initialize(anchor).get_hook(HOOK)
+
+
+def _forget_children(transformer: nn.Module) -> None:
+    """Make diffusers look again for hooks below the transformer; before 0.41 it always does."""
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    getattr(registry, "invalidate_child_registries_cache", lambda: None)()

@@ -1,0 +1,111 @@
+"""What the layers of an applied plan did, as plain values and as a table."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..grid import Grid
+from .backend import Layer
+from .hook import PlanHook
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was executed since a plan was applied.
+
+    Attributes:
+        transformers: Plain values by component name; densities are over all blocks, 0…1, a dense call counting as 1,
+            None where nothing ran. Calls inside torch.compile are counted for the transformer, not for its layers.
+    """
+
+    transformers: Mapping[str, dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.transformers)
+
+    def __str__(self) -> str:
+        return "\n\n".join(_table(name, part) for name, part in self.transformers.items())
+
+
+def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
+    """One transformer's part of the report."""
+    assert hook.plan is not None
+    layers = {name: _describe_layer(layer, hook.plan.grid) for name, layer in hook.layers.items()}
+    return {
+        "model_class": type(transformer).__name__,
+        "plan_grid": str(hook.plan.grid),
+        "grids_seen": dict(hook.grids),
+        "calls": dict(hook.calls),
+        "replaced_layers": hook.replaced,
+        "density": _mean((layer["density"], _calls(layer)) for layer in layers.values()),
+        "layers": layers,
+    }
+
+
+def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:
+    assert layer.plan is not None
+    phases = [_describe_phase(layer, phase, grid) for phase in range(len(layer.plan.precision))]
+    ran = [(phase["density"], phase["sparse_calls"]) for phase in phases]
+    return {
+        "density": _mean([*ran, (1.0, layer.dense_calls.total())]),
+        "sparse_calls": layer.sparse_calls.total(),
+        "dense_calls": dict(layer.dense_calls),
+        "phases": phases,
+    }
+
+
+def _describe_phase(layer: Layer, phase: int, grid: Grid) -> dict[str, Any]:
+    assert layer.plan is not None
+    calls = {text: count for (at, text), count in layer.sparse_calls.items() if at == phase}
+    mask, precision = layer.plan.mask[phase], layer.precision(phase)
+    return {
+        "density": _mean((mask.with_text(grid.tokens, text).density, count) for text, count in calls.items()),
+        "sparse_calls": sum(calls.values()),
+        "precision": list(precision) if isinstance(precision, tuple) else str(precision),
+    }
+
+
+def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
+    pairs = [(value, weight) for value, weight in weighted if value is not None and weight]
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs) if pairs else None
+
+
+def _calls(layer: dict[str, Any]) -> int:
+    return layer["sparse_calls"] + sum(layer["dense_calls"].values())
+
+
+def _table(name: str, part: dict[str, Any]) -> str:
+    calls = ", ".join(f"{count} {kind}" for kind, count in part["calls"].items()) or "none"
+    grids = ", ".join(f"{grid} ({count} calls)" for grid, count in part["grids_seen"].items()) or "none"
+    lines = [
+        f"{name}: {part['model_class']}, executed density {_number(part['density'])}",
+        f"  plan's grid {part['plan_grid']}; seen {grids}",
+        f"  calls: {calls}",
+    ]
+    if part["replaced_layers"]:
+        lines.append(f"  processors replaced by someone else: {', '.join(part['replaced_layers'])}")
+    width = max(map(len, part["layers"]))
+    lines.append(f"  {'layer':{width}}  density  sparse  dense  density by phase (calls, precision)")
+    for layer, row in part["layers"].items():
+        phases = "  ".join(
+            f"{_number(each['density'])} ({each['sparse_calls']}, {_precision(each['precision'])})"
+            for each in row["phases"]
+        )
+        dense = sum(row["dense_calls"].values())
+        lines.append(f"  {layer:{width}}  {_number(row['density']):>7}  {row['sparse_calls']:6}  {dense:5}  {phases}")
+    reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
+    lines += [f"  dense: {count} layer calls {reason}" for reason, count in reasons.items()]
+    return "\n".join(lines)
+
+
+def _number(density: float | None) -> str:
+    return "-" if density is None else f"{density:.3f}"
+
+
+def _precision(precision: str | list[str]) -> str:
+    if isinstance(precision, str):
+        return precision
+    return " + ".join(f"{count} heads {name}" for name, count in Counter(precision).items())

@@ -1,0 +1,38 @@
+"""What every test runs under: no network, few threads, poisoned memory, and Triton's interpreter on a CPU."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+SKIPPED = {
+    "gpu": (lambda config: not HAS_GPU, "needs an NVIDIA GPU"),
+    "slow": (lambda config: not config.getoption("--slow"), "takes long; run with --slow"),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take long")
+
+
+def pytest_collection_modifyitems(config, items):
+    for marker, (applies, reason) in SKIPPED.items():
+        if applies(config):
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Let deterministic mode fill `torch.empty` with NaN, so that a value nobody wrote cannot pass for a zero."""
+    torch.set_deterministic_debug_mode("warn")
+    yield
+    torch.set_deterministic_debug_mode("default")
