@@ -1,10 +1,14 @@
 """Plans on diffusers models: what is computed, when, what stays untouched, and what each wrong use says."""
 
 import copy
+import functools
 import json
 import threading
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,28 +17,17 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, _helpers, hooks
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from torch.nn import functional as F
-
-from paroattn.block_mask import BlockMask, blocks_of
-from paroattn.grid import Grid, TextSpan
-from paroattn.integration import backend, models
-from paroattn.integration.apply import apply, dense, recording, remove, report, set_noise_level
-from paroattn.integration.models import ModelSpec, latent_grid, register_model, self_attentions, spec_of
-from paroattn.integration.schedule import noise_levels
-from paroattn.phases import Phase
-from paroattn.plan.plan import LayerPlan, Plan, PlanError
 from tiny_models import (
-    BLOCK,
     GRID,
     TWO_PHASES,
     TinyPipeline,
@@ -45,19 +38,48 @@ from tiny_models import (
     wan_inputs,
     whole,
 )
+from torch.nn import functional as F
 
+from paroattn.block_mask import blocks_of
+from paroattn.grid import Grid, TextSpan
+from paroattn.integration import backend, models
+from paroattn.integration.apply import apply, dense, recording, remove, report, set_noise_level
+from paroattn.integration.backend import Layer
+from paroattn.integration.models import ModelSpec, latent_grid, register_model, self_attentions, spec_of
+from paroattn.integration.processor import planned_processor
+from paroattn.integration.schedule import noise_levels
+from paroattn.phases import Phase
+from paroattn.plan.plan import LayerPlan, Plan, PlanError
+
+contexts_know_the_step = pytest.mark.skipif(not hasattr(hooks, "CacheContext"), reason="needs diffusers 0.41")
 real_sdpa = F.scaled_dot_product_attention
 
 
-def forward(model, **changed):
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def forward(model, **changed) -> torch.Tensor:
     with torch.no_grad():
         return model(**wan_inputs() | changed).sample
+
+
+def levels_of(scheduler) -> list[float]:
+    levels = noise_levels(scheduler)
+    assert levels is not None
+    return levels
 
 
 def difference(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+@functools.cache
 def token_mask(layer: LayerPlan, phase, grid, text=0):
     """Who reads whom, (H, N, N) in the model's order with text behind, from positions computed one by one."""
     sizes = dict(zip("FHW", grid, strict=True))
@@ -186,7 +208,7 @@ class TestWhatIsComputed:
         plan = random_plan(phases=TWO_PHASES)
         layers = {n: LayerPlan(p.orders, p.mask, (("fp32",) * 2, named)) for n, p in plan.layers.items()}
         model = tiny_wan()
-        apply(model, type(plan)(**vars(plan) | {"layers": layers}))
+        apply(model, replace(plan, layers=layers))
         set_noise_level(model, 0.1)
         with op_calls(monkeypatch) as seen:
             forward(model)
@@ -225,7 +247,11 @@ class TestWhatIsComputed:
 
 class TestSteps:
     @pytest.mark.parametrize("steps", [4, 9])
-    @pytest.mark.parametrize("call", [{}, {"named": False}, {"informed": True}, {"batched": True}], ids=str)
+    @pytest.mark.parametrize(
+        "call",
+        [{}, {"named": False}, {"batched": True}, pytest.param({"informed": True}, marks=contexts_know_the_step)],
+        ids=str,
+    )
     def test_every_step_uses_the_mask_of_its_phase(self, steps, call, monkeypatch):
         pipe, plan = tiny_pipeline(), random_plan(phases=TWO_PHASES, density=0.4)
         pipe.scheduler.set_timesteps(steps)
@@ -247,8 +273,7 @@ class TestSteps:
         with recording(pipe, lambda *seen: levels.append(seen[5])):
             for steps in (3, 5):
                 pipe(steps)
-                expected = noise_levels(pipe.scheduler)
-                assert levels == [level for level in expected for _ in range(4)]
+                assert levels == [level for level in levels_of(pipe.scheduler) for _ in range(4)]
                 levels.clear()
 
     @pytest.mark.parametrize(
@@ -265,9 +290,9 @@ class TestSteps:
         ids=lambda scheduler: f"{type(scheduler).__name__}{scheduler.config.get('use_flow_sigmas', '')}",
     )
     def test_noise_levels_are_what_the_scheduler_adds(self, scheduler):
-        assert scheduler.num_inference_steps is None and noise_levels(scheduler) is None
+        assert noise_levels(scheduler) is None
         scheduler.set_timesteps(6)
-        levels = noise_levels(scheduler)
+        levels = levels_of(scheduler)
         clean, noise = torch.zeros(6, 1), torch.ones(6, 1)
         if hasattr(scheduler, "add_noise"):
             expected = scheduler.add_noise(clean, noise, scheduler.timesteps).flatten()
@@ -278,9 +303,10 @@ class TestSteps:
         assert levels == pytest.approx(expected.tolist(), abs=1e-5)
         assert len(levels) == 6 and levels == sorted(levels, reverse=True)
 
+    @contexts_know_the_step
     def test_a_run_that_starts_midway_takes_its_levels_from_there(self):
         model = tiny_wan()
-        pipe = TinyPipeline(model, FlowMatchEulerDiscreteScheduler())
+        pipe: Any = TinyPipeline(model, FlowMatchEulerDiscreteScheduler())
         levels = []
         with recording(pipe, lambda *seen: levels.append(seen[5])):
             pipe.scheduler.set_timesteps(8)
@@ -305,17 +331,17 @@ class TestSteps:
     def test_another_scheduler_after_apply_is_followed(self):
         pipe = tiny_pipeline()
         apply(pipe, whole(random_plan(phases=(Phase(0.3, 0.5), Phase(0.0, 0.5)))))
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=0.2)
+        pipe.scheduler = flat = FlowMatchEulerDiscreteScheduler(shift=0.2)
         pipe(4)
-        pipe.scheduler.set_timesteps(4)
-        high = sum(sigma >= 0.3 for sigma in pipe.scheduler.sigmas[:-1].tolist())
+        flat.set_timesteps(4)
+        high = sum(level >= 0.3 for level in levels_of(flat))
         rows = report(pipe).to_dict()["transformer"]["layers"]["blocks.0.attn1"]["phases"]
         assert [row["sparse_calls"] for row in rows] == [2 * high, 2 * (4 - high)] and 0 < high < 4
 
     def test_without_a_scheduler_several_phases_need_a_noise_level(self, monkeypatch):
         model, plan = tiny_wan(), random_plan(phases=TWO_PHASES)
         apply(model, plan)
-        with pytest.raises(PlanError, match="2 phases; the noise level of this call is not known.*set_noise_level"):
+        with pytest.raises(PlanError, match=r"2 phases; the noise level of this call is not known.*set_noise_level"):
             forward(model)
         with op_calls(monkeypatch) as seen:
             for level in (1.0, 0.6, 0.59, 0.0):
@@ -488,7 +514,7 @@ class TestOnAndOff:
         member = backend.paro_backend()
         assert member is backend.paro_backend() and AttentionBackendName("paro") is member
         expected = dispatch_attention_fn(q, k, v, backend=AttentionBackendName.NATIVE)
-        assert torch.equal(dispatch_attention_fn(q, k, v, backend="paro"), expected)
+        assert torch.equal(dispatch_attention_fn(q, k, v, backend=AttentionBackendName("paro")), expected)
         with attention_backend("paro"):
             assert torch.equal(dispatch_attention_fn(q, k, v), expected)
             model = tiny_wan()
@@ -518,15 +544,18 @@ class TestOnAndOff:
         assert not torch.equal(expected[0], expected[1])
 
 
-def replaced(plan, **changed):
-    return type(plan)(**vars(plan) | changed)
+def test_diffusers_can_skip_a_planned_layer_where_it_can_skip_the_original():
+    attn = SimpleNamespace(processor=FluxAttnProcessor())
+    planned = planned_processor(Layer("layer", attn, owner=None))  # pyright: ignore[reportArgumentType]
+    registry = _helpers.AttentionProcessorRegistry
+    assert registry.get(type(planned)) is registry.get(FluxAttnProcessor)
 
 
 class TestWrongUse:
     @pytest.mark.parametrize(
         "plan, error, match",
         [
-            (random_plan(model_class="OtherModel"), PlanError, "made for OtherModel; this model is WanTransformer3DModel"),
+            (random_plan(model_class="Other"), PlanError, "made for Other; this model is WanTransformer3DModel"),
             (random_plan(heads=3), PlanError, "3 heads of dimension 64, the model 2 of 64"),
             (random_plan(head_dim=32), PlanError, "2 heads of dimension 32, the model 2 of 64"),
             (random_plan(["blocks.0.attn1"]), PlanError, "differ at blocks.1.attn1"),
@@ -560,16 +589,25 @@ class TestWrongUse:
     def test_an_unknown_model_is_named_with_the_known_ones(self):
         with pytest.raises(ValueError, match=r"one of .*WanTransformer3DModel.*; got Linear\. .*register_model"):
             apply(torch.nn.Linear(2, 2), random_plan())
-        with pytest.raises(TypeError, match="a pipeline with a transformer.*got int"):
+        with pytest.raises(TypeError, match=r"a pipeline with a transformer.*got int"):
             apply(3, whole(random_plan()))
 
-    @pytest.mark.parametrize("setting", [{"precision": "int3"}])
+    @pytest.mark.parametrize("setting", [{"precision": "int3"}, {"impl": "fastest"}], ids=str)
     def test_a_bad_setting_changes_nothing(self, setting):
         model = tiny_wan()
         before = state_of(model)
-        with pytest.raises(ValueError, match="int3"):
+        with pytest.raises(ValueError, match=f"must be .*; got '{next(iter(setting.values()))}'"):
             apply(model, random_plan(), **setting)
         assert state_of(model) == before
+
+    def test_what_the_op_refuses_reaches_the_user_and_leaves_the_model_removable(self):
+        model = tiny_wan()
+        stock = forward(model)
+        apply(model, random_plan(), precision="fp64")
+        with pytest.raises(ValueError, match=r"float64 tensors for precision fp64; got fp64 on torch\.float32"):
+            forward(model)
+        remove(model)
+        assert torch.equal(forward(model), stock)
 
     def test_applying_twice_and_removing_twice_say_what_to_do(self):
         model = tiny_wan()
@@ -590,7 +628,7 @@ class TestWrongUse:
         apply(model, random_plan())
         ran = []
         model.patch_embedding.register_forward_pre_hook(lambda *_: ran.append(1))
-        message = r"grid of 5x7x6 tokens .*this call has 5x6x7\. Calibrate at this resolution, or apply with strict=False"
+        message = r"grid 5x7x6 \(frames.*; this call has 5x6x7\. Calibrate at this resolution, or .* strict=False"
         with pytest.raises(PlanError, match=message):
             forward(model, **wan_inputs(latents=(4, 5, 12, 14)))
         assert ran == []
@@ -601,7 +639,7 @@ class TestWrongUse:
         other = wan_inputs(latents=(4, 5, 12, 14))
         expected = forward(model, **other)
         apply(model, random_plan(), strict=False)
-        with pytest.warns(UserWarning, match="5x6x7: such calls run dense") as caught:
+        with pytest.warns(UserWarning, match=r"5x6x7\. Such calls run dense") as caught:
             assert torch.equal(forward(model, **other), expected)
             assert torch.equal(forward(model, **other), expected)
         assert len(caught) == 1
@@ -697,7 +735,7 @@ class TestReport:
         model = tiny_wan()
         apply(model, random_plan())
         assert report(model).to_dict()["transformer"]["density"] is None
-        assert "calls: none" in str(report(model))
+        assert "calls by grid: none" in str(report(model))
 
 
 class TestRecording:
@@ -715,7 +753,7 @@ class TestRecording:
             assert (grid, text, model) == (GRID, TextSpan(), pipe.transformer)
             assert attn is pipe.transformer.get_submodule(layer)
         pipe.scheduler.set_timesteps(2)
-        high, low = noise_levels(pipe.scheduler)
+        high, low = levels_of(pipe.scheduler)
         rows = [(layer, level, branch) for layer, *_, level, branch, _, _, _ in seen]
         layers = ("blocks.0.attn1", "blocks.1.attn1")
         assert rows == [(n, s, b) for s in (high, low) for b in ("cond", "uncond") for n in layers]
@@ -767,9 +805,10 @@ def tiny_hunyuan():
 
 
 def hunyuan_spec():
-    def grid(model, arguments):
+    def grid(model: Any, arguments):
         frames, height, width = arguments["hidden_states"].shape[2:]
-        return Grid(frames // model.config.patch_size_t, height // model.config.patch_size, width // model.config.patch_size)
+        patch = model.config.patch_size
+        return Grid(frames // model.config.patch_size_t, height // patch, width // patch)
 
     return ModelSpec(
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),

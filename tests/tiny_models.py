@@ -1,6 +1,7 @@
 """Tiny models, pipelines and plans that tests share; every value that could be zero is random."""
 
 import contextlib
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -14,11 +15,13 @@ from paroattn.plan.plan import LayerPlan, Plan, TransformerPlan
 GRID = Grid(5, 7, 6)
 LATENTS = (4, 5, 14, 12)
 BLOCK = (32, 64)
+NO_TEXT = TextSpan()
+ONE_PHASE = (Phase(0.0, 1.0),)
 HEADS, HEAD_DIM, LAYERS = 2, 64, 2
 TWO_PHASES = (Phase(0.6, 0.5), Phase(0.0, 0.5))
 
 
-def randomised(model, seed=0):
+def randomised(model: Any, seed=0) -> Any:
     """Give every parameter that initialises to zeros or ones values that matter."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -29,7 +32,7 @@ def randomised(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def tiny_wan(seed=0, layers=LAYERS, heads=HEADS, **config):
+def tiny_wan(seed=0, layers=LAYERS, heads=HEADS, **config) -> Any:
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=4,
         text_dim=16, freq_dim=64, ffn_dim=32, num_layers=layers, rope_max_seq_len=32, **config,
@@ -37,7 +40,7 @@ def tiny_wan(seed=0, layers=LAYERS, heads=HEADS, **config):
     return randomised(model, seed)
 
 
-def wan_inputs(batch=1, latents=LATENTS, seed=0, dtype=torch.float32):
+def wan_inputs(batch=1, latents=LATENTS, seed=0, dtype=torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "hidden_states": torch.randn(batch, *latents, generator=generator).to(dtype),
@@ -47,8 +50,8 @@ def wan_inputs(batch=1, latents=LATENTS, seed=0, dtype=torch.float32):
 
 
 def random_plan(
-    layer_names=tuple(f"blocks.{i}.attn1" for i in range(LAYERS)), *, density=0.5, phases=(Phase(0.0, 1.0),), seed=0,
-    grid=GRID, heads=HEADS, head_dim=HEAD_DIM, block=BLOCK, model_class="WanTransformer3DModel", text=TextSpan(),
+    layer_names=tuple(f"blocks.{i}.attn1" for i in range(LAYERS)), *, density=0.5, phases=ONE_PHASE, seed=0,
+    grid=GRID, heads=HEADS, head_dim=HEAD_DIM, block=BLOCK, model_class="WanTransformer3DModel", text=NO_TEXT,
     precision="fp32",
 ):  # fmt: skip
     """Another mask and order for every layer and head, another mask for every phase; density 1 keeps all."""
@@ -75,7 +78,7 @@ class TinyPipeline(DiffusionPipeline):
         self.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
-    def __call__(self, num_inference_steps=4, batched=False, named=True, informed=False, guidance=2.0):
+    def __call__(self, num_inference_steps=4, batched=False, named=True, informed=False, guidance=2.0) -> Any:
         latents = wan_inputs()["hidden_states"]
         prompts = {"cond": wan_inputs(seed=1), "uncond": wan_inputs(seed=2)}
         prompts = {name: inputs["encoder_hidden_states"] for name, inputs in prompts.items()}
@@ -102,7 +105,7 @@ class TinyPipeline(DiffusionPipeline):
             return model(latents, timestep.expand(1), text).sample
 
 
-def tiny_pipeline(seed=0, two=False, scheduler=None):
+def tiny_pipeline(seed=0, two=False, scheduler=None) -> Any:
     return TinyPipeline(
         tiny_wan(seed), scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_wan(seed + 1) if two else None
     )

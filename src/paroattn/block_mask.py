@@ -63,10 +63,7 @@ class BlockMask:
         """
         if kept.dtype != torch.bool or kept.ndim < 3:
             raise ValueError(f"a block mask must be bool of shape (…, H, Nq, Nk); got {_describe(kept)}")
-        empty = (~kept.any(-1)).nonzero()
-        if len(empty):
-            *_, head, row = empty[0].tolist()
-            raise ValueError(f"every row must keep at least one block; head {head}, query block {row} keeps none")
+        _check_rows(kept)
         padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8)).unflatten(-1, (-1, 8))
         weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
         return cls((padded * weights).sum(-1, dtype=torch.uint8), kept.shape[-1], block)
@@ -76,6 +73,16 @@ class BlockMask:
         """Keep everything: dense attention."""
         shape = (heads, blocks_of(tokens, block[0]), blocks_of(tokens, block[1]))
         return cls.from_dense(torch.ones(shape, dtype=torch.bool), block)
+
+    def check(self) -> None:
+        """Check bits that came from elsewhere.
+
+        Raises:
+            ValueError: If a row keeps no block, or a bit beyond the key blocks is set.
+        """
+        _check_rows(self.bits)
+        if self.key_blocks % 8 and (self.bits[..., -1] >> (self.key_blocks % 8)).any():
+            raise ValueError(f"bits beyond the {self.key_blocks} key blocks must be 0")
 
     @property
     def heads(self) -> int:
@@ -166,6 +173,13 @@ class BlockMask:
             counts.repeat(batch, 1, 1), indices.repeat(batch, 1, 1, 1), BLOCK_SIZE=self.block,
             mask_mod=lambda b, h, q, k: k < valid_tokens[b], seq_lengths=(tokens, tokens),
         )  # fmt: skip
+
+
+def _check_rows(rows: Tensor) -> None:
+    empty = (rows == 0).all(-1).nonzero()
+    if len(empty):
+        *_, head, row = empty[0].tolist()
+        raise ValueError(f"every row must keep at least one block; head {head}, query block {row} keeps none")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-LARGEST = {"psnr": math.inf, "ssim": 1.0, "cosine": 1.0}
+LIMITS = {"psnr": (-math.inf, math.inf), "ssim": (-1.0, 1.0), "cosine": (-1.0, 1.0)}
 DATA_RANGE = 2.0
 SMALLEST_FRAME = 11
 
 Generate = Callable[[str, int], Tensor]
+Toggle = Callable[[], AbstractContextManager]
 Progress = Callable[[int, int, str], None]
 
 
@@ -26,7 +27,7 @@ class Fidelity:
 
     Attributes:
         psnr: Peak signal-to-noise ratio over all values of the clip, dB, data range 2; infinite for identical clips.
-        ssim: Structural similarity (11×11 Gaussian window), mean over frames.
+        ssim: Structural similarity (11×11 Gaussian window, σ = 1.5, frames mirrored at their edges), mean over frames.
         cosine: Cosine of the angle between the clips as vectors; 1 for two clips of zeros, 0 for one.
     """
 
@@ -104,7 +105,7 @@ class Comparison:
 
 
 def compare(dense: Tensor, sparse: Tensor) -> Fidelity:
-    """Measure how close a clip is to its dense twin, in float64 after clipping to [-1, 1].
+    """Measure how close a clip is to its dense twin, after clipping to [-1, 1]; sums in float64, SSIM in float32.
 
     Args:
         dense: (frames, 3, height, width), floating point, in [-1, 1].
@@ -124,7 +125,7 @@ def compare(dense: Tensor, sparse: Tensor) -> Fidelity:
         one, other = (frame.double().clamp(-1, 1) for frame in frames)
         products = ((one - other).square(), one * other, one.square(), other.square())
         squares += torch.stack([product.sum() for product in products]).cpu()
-        similarity += float(structural_similarity_index_measure(other[None], one[None], data_range=DATA_RANGE))
+        similarity += _ssim(one.float()[None], other.float()[None])
     error, dot, *energies = squares.tolist()
     return Fidelity(_psnr(error / dense.numel()), similarity / len(dense), _cosine(dot, *energies))
 
@@ -147,12 +148,12 @@ def check_frames(frames: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite; {(~finite).sum()} of its {frames.numel()} values are not")
 
 
-def summarise(values: Iterable[float], *, largest: float = math.inf) -> Summary:
+def summarise(values: Iterable[float], *, limits: tuple[float, float] = (-math.inf, math.inf)) -> Summary:
     """Summarise one number over many clips; see `Summary` for what infinite values do.
 
     Args:
         values: One per clip.
-        largest: No value can be larger, so the interval ends there at the latest.
+        limits: What a value can be at least and at most; the interval stays between.
 
     Raises:
         ValueError: If there is no value.
@@ -166,7 +167,7 @@ def summarise(values: Iterable[float], *, largest: float = math.inf) -> Summary:
     return Summary(
         mean=mean,
         spread=spread,
-        interval=_interval(mean, spread, len(finite), largest) if len(finite) > 1 else None,
+        interval=_interval(mean, spread, len(finite), limits) if len(finite) > 1 else None,
         lowest=min(values),
         highest=max(values),
         count=len(values),
@@ -176,8 +177,8 @@ def summarise(values: Iterable[float], *, largest: float = math.inf) -> Summary:
 
 def summarise_metrics(fidelities: Sequence[Fidelity]) -> dict[str, Summary]:
     """Summarise PSNR, SSIM and cosine over clips, by name."""
-    columns = {metric: [getattr(fidelity, metric) for fidelity in fidelities] for metric in LARGEST}
-    return {metric: summarise(values, largest=LARGEST[metric]) for metric, values in columns.items()}
+    columns = {metric: [getattr(fidelity, metric) for fidelity in fidelities] for metric in LIMITS}
+    return {metric: summarise(values, limits=LIMITS[metric]) for metric, values in columns.items()}
 
 
 def evaluate(
@@ -185,7 +186,7 @@ def evaluate(
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     *,
-    dense: Callable[[], AbstractContextManager],
+    dense: Toggle,
     progress: Progress | None = None,
     warm_up: bool = False,
 ) -> Iterator[Comparison]:
@@ -213,12 +214,14 @@ def evaluate(
     return _evaluate(generate, pairs, dense, progress or (lambda *_: None), warm_up)
 
 
-def _evaluate(generate, pairs, dense, progress: Progress, warm_up: bool) -> Iterator[Comparison]:
+def _evaluate(
+    generate: Generate, pairs: Sequence[tuple[str, int]], dense: Toggle, progress: Progress, warm_up: bool
+) -> Iterator[Comparison]:
     total = 2 * len(pairs)
     if warm_up:
         progress(0, total, "warm-up")
         for toggle in (nullcontext, dense):
-            _timed(generate, *pairs[0], toggle)
+            _timed(generate, pairs[0][0], pairs[0][1], toggle)
     for index, (prompt, seed) in enumerate(pairs):
         progress(2 * index, total, f"sparse: {prompt}")
         sparse_clip, sparse_seconds = _timed(generate, prompt, seed, nullcontext)
@@ -230,12 +233,18 @@ def _evaluate(generate, pairs, dense, progress: Progress, warm_up: bool) -> Iter
     progress(total, total, "done")
 
 
-def _timed(generate: Generate, prompt: str, seed: int, toggle) -> tuple[Tensor, float]:
+def _timed(generate: Generate, prompt: str, seed: int, toggle: Toggle) -> tuple[Tensor, float]:
     """The clip on the CPU, which waits for the device, and the seconds it took."""
     with toggle():
         start = time.perf_counter()
         frames = generate(prompt, seed).cpu()
         return frames, time.perf_counter() - start
+
+
+def _ssim(dense: Tensor, sparse: Tensor) -> float:
+    similarity = structural_similarity_index_measure(sparse, dense, data_range=DATA_RANGE)
+    assert isinstance(similarity, Tensor)
+    return similarity.item()
 
 
 def _psnr(mean_square: float) -> float:
@@ -248,9 +257,9 @@ def _cosine(dot: float, one: float, other: float) -> float:
     return max(-1.0, min(1.0, dot / math.sqrt(one * other)))
 
 
-def _interval(mean: float, spread: float, count: int, largest: float) -> tuple[float, float]:
+def _interval(mean: float, spread: float, count: int, limits: tuple[float, float]) -> tuple[float, float]:
     half = _student_975(count - 1) * spread / math.sqrt(count)
-    return mean - half, min(mean + half, largest)
+    return max(mean - half, limits[0]), min(mean + half, limits[1])
 
 
 _STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

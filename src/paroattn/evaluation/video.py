@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -209,7 +210,8 @@ def _encoded(picture: Image.Image, **settings) -> bytes:
 
 def _write_animation(pixels: np.ndarray, path: Path, fps: float) -> None:
     first, *rest = [Image.fromarray(frame) for frame in pixels]
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **_ANIMATION[path.suffix.lower()])
+    settings: dict[str, Any] = _ANIMATION[path.suffix.lower()]
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **settings)
 
 
 def _write_sheet(pixels: np.ndarray, path: Path, fps: float) -> None:
@@ -225,10 +227,10 @@ def _write_mp4(pixels: np.ndarray, path: Path, fps: float) -> None:
 
 
 def _mp4_plugin() -> tuple[str, dict]:
-    """What writes .mp4 here, with its settings: near-lossless H.264, without resizing to multiples of 16."""
+    """What writes .mp4 here, with its settings: H.264 that every player reads, at the size given."""
     plugins = {
         "av": ("pyav", {"codec": "libx264", "out_pixel_format": "yuv420p"}),
-        "imageio_ffmpeg": ("FFMPEG", {"codec": "libx264", "quality": 9, "macro_block_size": 1}),
+        "imageio_ffmpeg": ("FFMPEG", {"codec": "libx264", "quality": 8, "macro_block_size": 1}),
     }
     usable = [plugins[package] for package in plugins if find_spec("imageio") and find_spec(package)]
     if not usable:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..kernels.attention import IMPLEMENTATIONS
 from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan
 from ..precision import Precision
 from .backend import Call, Observer
@@ -34,9 +35,11 @@ def apply(
 
     Raises:
         PlanError: If the plan does not fit the model; the model is unchanged.
-        ValueError: If the model is unknown, split over devices, or carries a plan already.
+        ValueError: If the model is unknown, split over devices, or carries a plan already; or if a setting is unknown.
         TypeError: If target or plan are of another kind.
     """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
     transformers, pipeline = _transformers(target)
     plans = _plans(transformers, pipeline, plan, strict)
     settings: dict[str, Any] = {"strict": strict, "precision": precision and Precision.parse(precision), "impl": impl}

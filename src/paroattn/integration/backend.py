@@ -124,7 +124,7 @@ def attend(
         return dense(backend=_dense_backend(layer))
     assert call is not None and call.layout is not None and call.phase is not None
     mask, order = layer.operands(call.phase, call.layout, query.device)
-    out = attention(
+    out: Any = attention(
         query, key, value, mask,
         table=layer.owner.table(call.layout, query.device), order=order,
         text_tokens=call.layout.text.tokens, valid_text=_valid_text(attn_mask, call.layout),

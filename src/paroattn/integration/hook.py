@@ -26,6 +26,17 @@ from .schedule import NoiseSchedule, branch_of
 HOOK = "paroattn"
 
 
+class CallContext(StateManager):
+    """Holds the cache context that a pipeline announces; diffusers keeps it under another name in every version."""
+
+    def __init__(self):
+        super().__init__(BaseState())
+        self.current: Any = None
+
+    def set_context(self, context: Any) -> None:
+        self.current = context
+
+
 class PlanHook(ModelHook):
     """A plan, or an observer, on one transformer.
 
@@ -53,7 +64,7 @@ class PlanHook(ModelHook):
         super().__init__()
         self.plan, self.observer, self.strict, self.precision, self.impl = plan, observer, strict, precision, impl
         self.spec, self.schedule = spec_of(transformer), NoiseSchedule(pipeline)
-        self.context = StateManager(BaseState)
+        self.context = CallContext()
         self.call: Call | None = None
         self.calls: Counter[str] = Counter()
         self.grids: Counter[str] = Counter()
@@ -97,7 +108,7 @@ class PlanHook(ModelHook):
         """Look at a call and decide how its layers run."""
         arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments
         grid, text = self.spec.grid(transformer, arguments), self.spec.text(transformer, arguments)
-        context = self.context._context
+        context = self.context.current
         noise_level = self.schedule.level(context)
         self._notice_replaced()
         phase, reason = self._decide(grid, text, noise_level)
@@ -111,7 +122,7 @@ class PlanHook(ModelHook):
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.schedule.reset()
-        self.context.reset()
+        self.context.current = None
         return module
 
     def fall_back(self, reason: str, remedy: str) -> str:
@@ -122,7 +133,7 @@ class PlanHook(ModelHook):
         """
         if self.strict:
             raise PlanError(f"{reason}. {remedy}")
-        self._warn(f"{reason}: such calls run dense")
+        self._warn(f"{reason}. Such calls run dense")
         return reason
 
     def table(self, layout: Layout, device: torch.device) -> Tensor:
@@ -145,7 +156,7 @@ class PlanHook(ModelHook):
             return None, "recording"
         if grid != plan.grid:
             return None, self.fall_back(
-                f"the plan is for a grid of {plan.grid} tokens (frames x height x width); this call has {grid}",
+                f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {grid}",
                 "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
             )
         if text.tokens and text.side != plan.text.side:
@@ -179,10 +190,10 @@ class PlanHook(ModelHook):
 def hook_of(transformer: nn.Module) -> PlanHook | None:
     """What `apply` or `recording` put on a transformer, if anything."""
     anchor = transformer._modules.get(HOOK)
-    return None if anchor is None else HookRegistry.check_if_exists_or_initialize(anchor).get_hook(HOOK)
+    hook = None if anchor is None else HookRegistry.check_if_exists_or_initialize(anchor).get_hook(HOOK)
+    return hook if isinstance(hook, PlanHook) else None
 
 
 def _forget_children(transformer: nn.Module) -> None:
-    """Make diffusers look again for hooks below the transformer; before 0.41 it always does."""
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    getattr(registry, "invalidate_child_registries_cache", lambda: None)()
+    """Make diffusers look again for hooks below the transformer; only some versions have a method for it."""
+    HookRegistry.check_if_exists_or_initialize(transformer)._child_registries_cache = None

@@ -68,7 +68,7 @@ def spec_of(transformer: nn.Module) -> ModelSpec:
     return MODELS[name]
 
 
-def self_attentions(transformer: nn.Module) -> dict[str, nn.Module]:
+def self_attentions(transformer: nn.Module) -> dict[str, Any]:
     """Attention modules that a plan may cover, by module path, in the model's order.
 
     Raises:

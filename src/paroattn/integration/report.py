@@ -26,6 +26,22 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return dict(self.transformers)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row for each layer and phase; dense calls stand in the row of the first phase."""
+        several = len(self.transformers) > 1
+        return [
+            {
+                "layer": f"{name}.{layer}" if several else layer,
+                "phase": index,
+                "density_executed": phase["density"],
+                "sparse_calls": phase["sparse_calls"],
+                "dense_calls": row["dense_calls"] if index == 0 else {},
+            }
+            for name, part in self.transformers.items()
+            for layer, row in part["layers"].items()
+            for index, phase in enumerate(row["phases"])
+        ]
+
     def __str__(self) -> str:
         return "\n\n".join(_table(name, part) for name, part in self.transformers.items())
 
@@ -78,13 +94,14 @@ def _calls(layer: dict[str, Any]) -> int:
 
 
 def _table(name: str, part: dict[str, Any]) -> str:
-    calls = ", ".join(f"{count} {kind}" for kind, count in part["calls"].items()) or "none"
-    grids = ", ".join(f"{grid} ({count} calls)" for grid, count in part["grids_seen"].items()) or "none"
+    grids = ", ".join(f"{grid} ({count})" for grid, count in part["grids_seen"].items()) or "none"
     lines = [
         f"{name}: {part['model_class']}, executed density {_number(part['density'])}",
-        f"  plan's grid {part['plan_grid']}; seen {grids}",
-        f"  calls: {calls}",
+        f"  plan's grid {part['plan_grid']}; calls by grid: {grids}",
     ]
+    lines += [f"  {count:6} calls {_outcome(kind)}" for kind, count in part["calls"].items()]
+    reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
+    lines += [f"  {n:6} layer calls {_outcome(kind)}" for kind, n in reasons.items() if kind not in part["calls"]]
     if part["replaced_layers"]:
         lines.append(f"  processors replaced by someone else: {', '.join(part['replaced_layers'])}")
     width = max(map(len, part["layers"]))
@@ -96,9 +113,11 @@ def _table(name: str, part: dict[str, Any]) -> str:
         )
         dense = sum(row["dense_calls"].values())
         lines.append(f"  {layer:{width}}  {_number(row['density']):>7}  {row['sparse_calls']:6}  {dense:5}  {phases}")
-    reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
-    lines += [f"  dense: {count} layer calls {reason}" for reason, count in reasons.items()]
     return "\n".join(lines)
+
+
+def _outcome(kind: str) -> str:
+    return kind if kind == "sparse" else f"dense: {kind}"
 
 
 def _number(density: float | None) -> str:

@@ -16,7 +16,7 @@ def noise_levels(scheduler: Any) -> list[float] | None:
     """
     timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if timesteps is None or getattr(scheduler, "num_inference_steps", 0) is None:
+    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
         return None
     if sigmas is not None:
         sigmas = torch.as_tensor(sigmas).double().cpu()[: len(timesteps)]

@@ -1,10 +1,260 @@
-"""placeholder"""
+"""The attention operation: checks its arguments, resolves precision and picks an implementation by a table."""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..block_mask import BlockMask, blocks_of
 from ..precision import Precision
+from .cpu import cpu_attention
 from .reference import reference_attention
-def attention(q,k,v,mask,*,table=None,order=None,text_tokens=0,valid_text=None,precision=None,softmax_scale=None,return_lse=False,impl="auto"):
-    N=q.shape[1]
-    if table is None: table=torch.arange(N,device=q.device)[None].int(); order=torch.zeros(q.shape[2],device=q.device).long()
-    p=Precision.parse(precision or "fp32")
-    o,l=reference_attention(q,k,v,table=table,order=order,mask=mask,precision=p,softmax_scale=softmax_scale or q.shape[-1]**-.5,valid_tokens=None if valid_text is None else N-text_tokens+valid_text)
-    return (o,l) if return_lse else o
+
+OWN_PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+        run: Function with the arguments of `reference_attention` and `return_lse`.
+        needs: What it asks of tensors and precision, in words.
+        usable: Whether tensors like this one and a precision meet that.
+    """
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    needs: str
+    usable: Callable[[Tensor, Precision], bool]
+
+
+def _reference(*args, return_lse: bool, **kwargs) -> tuple[Tensor, Tensor]:
+    return reference_attention(*args, **kwargs)
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation(
+        cpu_attention,
+        "float32 tensors on a CPU and precision fp32",
+        lambda q, precision: (q.device.type, q.dtype, str(precision)) == ("cpu", torch.float32, "fp32"),
+    ),
+    "reference": Implementation(
+        _reference,
+        "float64 tensors for precision fp64",
+        lambda q, precision: q.dtype == torch.float64 or "fp64" not in (precision.qk, precision.pv),
+    ),
+}
+"""In the order in which "auto" tries them."""
+
+_checked_tables = WeakTensorKeyDictionary()
+_checked_orders = WeakTensorKeyDictionary()
+_parts: "weakref.WeakKeyDictionary[BlockMask, dict[tuple[int, ...], tuple[BlockMask, Tensor]]]"
+_parts = weakref.WeakKeyDictionary()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    table: Tensor | None = None,
+    order: Tensor | None = None,
+    text_tokens: int = 0,
+    valid_text: Tensor | None = None,
+    precision: str | Precision | Sequence[str | Precision] | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Self-attention over the kept blocks, each head reading the tokens in its own order.
+
+    Args:
+        q: (B, N, H, D) in the model's token order; float64, float32, float16 or bfloat16.
+        k: Like q.
+        v: Like q.
+        mask: Kept blocks over the whole sequence in kernel order, text included, (H, Nq, Nk).
+        table: Gather tables (orders, N), int32, from `Layout.table`. None: every head reads in the model's order.
+        order: Row of `table` for each head, (H,), integers. Comes with `table`.
+        text_tokens: Number of text tokens, which kernel order puts last.
+        valid_text: How many text tokens of each batch element are real, (B,), integers; the others are never read as
+            keys. None: all. The values are checked on a CPU only, since reading them would stall a GPU.
+        precision: Formats of the two products, such as "int8", for all heads or one per head. None: the tensors' own.
+        softmax_scale: Factor on q·k. None: 1 / √D.
+        return_lse: Return lse too.
+        impl: "auto", or one of `IMPLEMENTATIONS`.
+
+    Returns:
+        out (B, N, H, D) in the model's order and q's dtype; with `return_lse` also lse (B, H, N) in the model's order,
+        the natural log of the softmax denominator, float32 (float64 for float64 tensors). A row without any real key
+        gives out 0 and lse −∞.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If arguments do not fit each other, a gradient is wanted, or `impl` cannot do what is asked.
+    """
+    _check_tensors(q, k, v)
+    _check_mask(mask, q)
+    table, order = _check_order(table, order, q)
+    valid_tokens = _check_text(text_tokens, valid_text, q)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite; got {scale}")
+    groups = _heads_by_precision(precision, q)
+    chosen = {formats: _choose(impl, formats, q) for formats in groups}
+    shared = {"table": table, "softmax_scale": scale, "valid_tokens": valid_tokens, "return_lse": return_lse}
+
+    if len(groups) == 1:
+        (formats,) = groups
+        out, lse = chosen[formats].run(q, k, v, order=order, mask=mask, precision=formats, **shared)
+    else:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_lse_dtype(q))
+        for formats, heads in groups.items():
+            part, index = _some_heads(mask, heads)
+            tensors = (x[:, :, index] for x in (q, k, v))
+            result, logs = chosen[formats].run(*tensors, order=order[index], mask=part, precision=formats, **shared)
+            out[:, :, index] = result
+            if logs is not None:
+                lse[:, index] = logs
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    tensors = {"q": q, "k": k, "v": v}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q must have shape (B, N, H, D), none of them 0; got {tuple(q.shape)}")
+    if q.dtype not in OWN_PRECISION:
+        raise ValueError(f"q must be float64, float32, float16 or bfloat16; got {q.dtype}")
+    for name, x in tensors.items():
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
+            raise ValueError(
+                f"{name} must be like q, {q.dtype} of shape {tuple(q.shape)} on {q.device}; "
+                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+            )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
+        raise ValueError("attention has no gradient; got tensors that require one. Call it under torch.no_grad().")
+
+
+def _check_mask(mask: BlockMask, q: Tensor) -> None:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a BlockMask; got {type(mask).__name__}. BlockMask.from_dense makes one.")
+    if mask.bits.ndim != 3:
+        raise ValueError(
+            f"the mask must be one phase's, (H, Nq, Nk); got {mask.bits.ndim} dimensions. Use mask[phase]."
+        )
+    _, tokens, heads, _ = q.shape
+    rows, columns = (blocks_of(tokens, size) for size in mask.block)
+    if (mask.heads, mask.query_blocks, mask.key_blocks) != (heads, rows, columns):
+        raise ValueError(
+            f"the mask must cover {heads} heads and {rows}×{columns} blocks of {mask.block[0]}×{mask.block[1]} for "
+            f"{tokens} tokens; got {mask.heads} heads and {mask.query_blocks}×{mask.key_blocks} blocks. "
+            "BlockMask.with_text adds text to a mask over video."
+        )
+    if mask.bits.device != q.device:
+        raise ValueError(f"the mask must be on {q.device}; got {mask.bits.device}. Move it with mask.to(device).")
+
+
+def _check_order(table: Tensor | None, order: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    _, tokens, heads, _ = q.shape
+    if table is None and order is None:
+        model = torch.arange(tokens, dtype=torch.int32, device=q.device)
+        return model[None], torch.zeros(heads, dtype=torch.int32, device=q.device)
+    if not isinstance(table, Tensor) or not isinstance(order, Tensor):
+        raise TypeError(
+            "table and order must both be tensors or both be None; "
+            f"got {type(table).__name__} and {type(order).__name__}"
+        )
+    if table.dtype != torch.int32 or table.ndim != 2 or table.shape[1] != tokens:
+        raise ValueError(
+            f"table must be int32 of shape (orders, {tokens}); got {table.dtype} of shape {tuple(table.shape)}. "
+            "Layout.table makes it."
+        )
+    if order.dtype not in (torch.int32, torch.int64) or order.shape != (heads,):
+        raise ValueError(f"order must be integers of shape ({heads},); got {order.dtype} of shape {tuple(order.shape)}")
+    for name, x in {"table": table, "order": order}.items():
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on {q.device}; got {x.device}. Move it once, before the first call.")
+    _check_order_values(table, order)
+    return table, order
+
+
+def _check_order_values(table: Tensor, order: Tensor) -> None:
+    """Look at the values of a table and an order when they are first seen."""
+    if table not in _checked_tables:
+        wanted = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
+        wrong = (table.sort(-1).values != wanted).any(-1).nonzero()
+        if len(wrong):
+            raise ValueError(f"every row of table must hold each position once; got row {int(wrong[0])} that does not")
+        _checked_tables[table] = True
+    if _checked_orders.get(order, math.inf) > len(table):
+        lowest, highest = (int(x) for x in order.aminmax())
+        if lowest < 0 or highest >= len(table):
+            raise ValueError(f"order must name rows 0…{len(table) - 1} of table; got {lowest}…{highest}")
+        _checked_orders[order] = len(table)
+
+
+def _check_text(text_tokens: int, valid_text: Tensor | None, q: Tensor) -> Tensor | None:
+    """Valid tokens of each batch element, (B,), or None."""
+    batch, tokens = q.shape[:2]
+    if not isinstance(text_tokens, int):
+        raise TypeError(f"text_tokens must be an integer; got {type(text_tokens).__name__}")
+    if not 0 <= text_tokens < tokens:
+        raise ValueError(f"text_tokens must be 0…{tokens - 1} of {tokens} tokens; got {text_tokens}")
+    if valid_text is None:
+        return None
+    if not isinstance(valid_text, Tensor):
+        raise TypeError(f"valid_text must be a tensor; got {type(valid_text).__name__}")
+    if valid_text.dtype not in (torch.int32, torch.int64) or valid_text.shape != (batch,):
+        raise ValueError(
+            f"valid_text must be integers of shape ({batch},); got {valid_text.dtype} of {tuple(valid_text.shape)}"
+        )
+    if valid_text.device != q.device:
+        raise ValueError(f"valid_text must be on {q.device}; got {valid_text.device}")
+    if q.device.type == "cpu" and bool(((valid_text < 0) | (valid_text > text_tokens)).any()):
+        raise ValueError(f"valid_text must be 0…{text_tokens}; got {valid_text.tolist()}")
+    return valid_text + (tokens - text_tokens)
+
+
+def _heads_by_precision(precision: Any, q: Tensor) -> dict[Precision, list[int]]:
+    heads = q.shape[2]
+    names = OWN_PRECISION[q.dtype] if precision is None else precision
+    each = [names] * heads if isinstance(names, str | Precision) else list(names)
+    if len(each) != heads:
+        raise ValueError(f"precision must be one name or one per head, {heads} of them; got {len(each)}")
+    groups: dict[Precision, list[int]] = {}
+    for head, name in enumerate(each):
+        groups.setdefault(Precision.parse(name), []).append(head)
+    return groups
+
+
+def _choose(impl: str, precision: Precision, q: Tensor) -> Implementation:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    names = list(IMPLEMENTATIONS) if impl == "auto" else [impl]
+    for name in names:
+        if IMPLEMENTATIONS[name].usable(q, precision):
+            return IMPLEMENTATIONS[name]
+    needs = "; ".join(f"{name} needs {IMPLEMENTATIONS[name].needs}" for name in names)
+    raise ValueError(f"{needs}; got {precision} on {q.dtype} tensors on {q.device}. Choose another impl or precision.")
+
+
+def _some_heads(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
+    """The mask of some heads, the same object at every call, and the heads as a tensor."""
+    known = _parts.setdefault(mask, {})
+    key = tuple(heads)
+    if key not in known:
+        index = torch.tensor(heads, device=mask.bits.device)
+        known[key] = (BlockMask(mask.bits[index], mask.key_blocks, mask.block), index)
+    return known[key]
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

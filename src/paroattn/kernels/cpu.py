@@ -1,66 +1,222 @@
-"""Block-sparse attention on a CPU in float32, skipping blocks for real, out of plain PyTorch calls.
+"""Block-sparse attention on a CPU in float32 that really skips the dropped blocks, made of plain PyTorch calls.
 
-All (head, query block) pairs are sorted by how many key tokens they keep and cut into chunks of about equal pairs; the
-K and V blocks of a chunk are gathered and one batched product, softmax and product does all its pairs. Rows that keep
-every block read K and V in place.
+All pairs of a head and a query block are sorted by how many key tokens they keep and cut into chunks of nearly equal
+pairs. The kept blocks of K and V of a chunk are gathered, and one batched product, softmax and product serves all its
+pairs. Pairs that keep every block read K and V where they are.
 """
 
 import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from ..block_mask import BlockMask, blocks_of
+from ..precision import Precision
 
 SCORES_AT_ONCE = 2**20
-PADDING_SHARE = 1 / 16
+SHORTEST_SHARE = 15 / 16
 SCHEDULES_PER_MASK = 4
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pairs of a head and a query block that are computed together.
+    """Neighbours in the sorted list of pairs, computed together.
 
     Attributes:
-        pairs: Which pairs of the sorted list, first and one past the last.
-        blocks: Kept key blocks of each pair, (pairs, blocks) counted over all heads; short rows repeat some block.
+        first: First pair.
+        last: One past the last pair.
         tokens: Key tokens of the longest pair.
-        short: Pairs with fewer tokens, as (first, one past the last, tokens) counted from the chunk's first pair.
+        head: The head whose keys all pairs read in place; None where blocks are gathered.
+        blocks: Key blocks of each pair, counted over all heads, (pairs · blocks,); short pairs repeat their first.
+        short: Runs of short pairs as (first, one past the last, tokens), counted from the chunk's first pair.
     """
 
-    pairs: tuple[int, int]
-    blocks: Tensor
+    first: int
+    last: int
     tokens: int
+    head: int | None
+    blocks: Tensor
     short: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that depends on the mask, the token orders and the number of valid keys, but not on q, k and v.
+    """All that depends on the mask, the token orders and the number of real tokens, and not on q, k and v.
 
-    A row below is a row of q, k or v seen as (N · H, D).
+    A row is a row of q, k or v of one batch element, seen as (N · H, D).
 
     Attributes:
-        positions: Model position of every token of every head, (H, N); what the schedule was made for.
-        valid: Number of valid keys in kernel order; what the schedule was made for.
-        queries: Row of every query, pair after pair, (pairs · query block,).
-        keys: Row of every key, head after head, (H · Nk · key block,).
-        back: Position in `queries` of every row, (N · H,).
-        full: Pairs that keep every valid key, as (head, first, one past the last).
-        chunks: The other pairs.
+        positions: Model position of each token in each head's order, (H, N): what the schedule was made for.
+        real: Tokens before the padding in kernel order: what the schedule was made for.
+        queries: Row of each query, pair by pair, (pairs · query block,).
+        keys: Row of each key, head by head, (H · Nk · key block,).
+        back: Place in `queries` of each row, (N · H,).
+        chunks: All pairs that keep a real key; the pairs after them keep none.
     """
 
     positions: Tensor
-    valid: int
+    real: int
     queries: Tensor
     keys: Tensor
     back: Tensor
-    full: tuple[tuple[int, int, int], ...]
     chunks: tuple[Chunk, ...]
 
 
 _schedules: "weakref.WeakKeyDictionary[BlockMask, list[Schedule]]" = weakref.WeakKeyDictionary()
+
+
+def cpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    table: Tensor,
+    order: Tensor,
+    mask: BlockMask,
+    precision: Precision,
+    softmax_scale: float,
+    valid_tokens: Tensor | None = None,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Block-sparse attention in float32: arguments and results of `reference_attention`, lse on request."""
+    assert q.device.type == "cpu" and q.dtype == torch.float32 and str(precision) == "fp32"
+    batch, tokens, heads, _ = q.shape
+    positions = table[order.long()]
+    out, lse = torch.empty(q.shape), torch.empty(q.shape[:3]) if return_lse else None
+    for element, real in enumerate([tokens] * batch if valid_tokens is None else valid_tokens.tolist()):
+        schedule = schedule_of(mask, positions, real)
+        rows = (x[element].reshape(tokens * heads, -1) for x in (q, k, v))
+        values, logs = _attend(*rows, schedule, mask, softmax_scale, return_lse)
+        out[element] = embedding(schedule.back, values).view(tokens, heads, -1)
+        if lse is not None and logs is not None:
+            lse[element] = logs[schedule.back].view(tokens, heads)
+    return out, None if lse is None else lse.transpose(1, 2)
+
+
+def schedule_of(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
+    """The schedule of a mask, made once and kept as long as the mask lives."""
+    known = _schedules.setdefault(mask, [])
+    for schedule in known:
+        if schedule.real == real and torch.equal(schedule.positions, positions):
+            return schedule
+    known.append(_make_schedule(mask, positions, real))
+    del known[:-SCHEDULES_PER_MASK]
+    return known[-1]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, mask: BlockMask, softmax_scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one batch element: out (pairs · query block, D), lse (pairs · query block,)."""
+    q = embedding(schedule.queries, q).unflatten(0, (-1, mask.block[0]))
+    k, v = (embedding(schedule.keys, x).unflatten(0, (-1, mask.block[1])) for x in (k, v))
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2]) if return_lse else None
+    scratch = _Scratch(schedule.chunks, k, mask)
+    for chunk in schedule.chunks:
+        pairs = slice(chunk.first, chunk.last)
+        keys, values = scratch.gather(k, v, chunk)
+        queries, result = (x[pairs].view(len(keys), -1, x.shape[-1]) for x in (q, out))
+        scores = scratch.scores_of(chunk).view(*queries.shape[:2], chunk.tokens)
+        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=softmax_scale, out=scores)
+        for first, last, tokens in chunk.short:
+            scores[first:last, :, tokens:] = -math.inf
+        largest = None if lse is None else scores.amax(-1)
+        torch.softmax(scores, -1, out=scores)
+        torch.bmm(scores, values, out=result)
+        if lse is not None and largest is not None:  # the largest weight is 1 / Σ exp(s − largest)
+            lse[pairs] = (largest - scores.amax(-1).log_()).view(-1, mask.block[0])
+    computed = schedule.chunks[-1].last if schedule.chunks else 0
+    out[computed:] = 0
+    if lse is not None:
+        lse[computed:] = -math.inf
+    return out.flatten(0, 1), None if lse is None else lse.flatten()
+
+
+class _Scratch:
+    """Memory that the chunks of a call share; fresh pages would cost as much as gathering into them."""
+
+    def __init__(self, chunks: tuple[Chunk, ...], k: Tensor, mask: BlockMask):
+        blocks = max((len(chunk.blocks) for chunk in chunks), default=0)
+        self.keys, self.values = k.new_empty(2, blocks, *k.shape[1:])
+        self.rows, self.key_blocks = mask.block[0], mask.key_blocks
+        self.scores = k.new_empty(max(((c.last - c.first) * c.tokens * self.rows for c in chunks), default=0))
+
+    def scores_of(self, chunk: Chunk) -> Tensor:
+        return self.scores[: (chunk.last - chunk.first) * chunk.tokens * self.rows]
+
+    def gather(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """K and V of a chunk, (pairs, tokens, D), or (1, tokens, D) if all pairs read the same."""
+        if chunk.head is None:
+            pairs, parts = chunk.last - chunk.first, [x[: len(chunk.blocks)] for x in (self.keys, self.values)]
+            for source, target in zip((k, v), parts, strict=True):
+                torch.index_select(source, 0, chunk.blocks, out=target)
+        else:
+            whole = slice(chunk.head * self.key_blocks, (chunk.head + 1) * self.key_blocks)
+            pairs, parts = 1, [x[whole] for x in (k, v)]
+        keys, values = (x.view(pairs, -1, x.shape[-1])[:, : chunk.tokens] for x in parts)
+        return keys, values
+
+
+def _make_schedule(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
+    heads, tokens = positions.shape
+    query_block, key_block = mask.block
+    lengths, blocks = _kept_keys(mask, real)
+    pairs = lengths.argsort(descending=True, stable=True)
+
+    rows = positions.long() * heads + torch.arange(heads)[:, None]
+    queries = rows[:, torch.arange(mask.query_blocks * query_block).clamp_max(tokens - 1)]
+    keys = rows[:, torch.arange(mask.key_blocks * key_block).clamp_max(max(real - 1, 0))]
+    places = pairs.argsort()[:, None] * query_block + torch.arange(query_block)
+    back = torch.empty(heads * tokens, dtype=torch.long)
+    back[rows] = places.view(heads, -1)[:, :tokens]
+
+    whole = torch.where(lengths == real, torch.arange(len(lengths)) // mask.query_blocks, -1)
+    chunks = _cut(lengths[pairs].tolist(), whole[pairs].tolist(), query_block)
+    return Schedule(
+        positions, real, queries.view(-1, query_block)[pairs].flatten(), keys.flatten(), back,
+        tuple(_chunk(*cut, blocks[pairs], key_block) for cut in chunks),
+    )  # fmt: skip
+
+
+def _kept_keys(mask: BlockMask, real: int) -> tuple[Tensor, Tensor]:
+    """Real key tokens of each pair, (pairs,), and its key blocks counted over all heads, (pairs, key blocks).
+
+    A pair's list goes on with its first block; neither dropped blocks nor padding are ever read.
+    """
+    used = blocks_of(real, mask.block[1])
+    kept = mask.dense()[..., :used].flatten(0, 1)
+    counts = kept.sum(-1, keepdim=True)
+    beyond = (used * mask.block[1] - real) * kept[:, -1:].any(-1)
+    blocks = mask.key_lists()[1].long().flatten(0, 1)
+    blocks = torch.where(torch.arange(mask.key_blocks) < counts, blocks, blocks[:, :1])
+    head = torch.arange(len(blocks)) // mask.query_blocks
+    return counts[:, 0] * mask.block[1] - beyond, blocks + head[:, None] * mask.key_blocks
+
+
+def _cut(lengths: list[int], whole: list[int], query_block: int) -> Iterator[tuple[list[int], int, int]]:
+    """Cut pairs, sorted by falling length, into chunks: (lengths, first pair, head read in place or −1)."""
+    first, end = 0, len(lengths) - lengths.count(0)
+    for pair in range(1, end + 1):
+        longest = lengths[first]
+        if (
+            pair == end
+            or whole[pair] != whole[first]
+            or lengths[pair] < longest * SHORTEST_SHARE
+            or (pair - first + 1) * query_block * longest > SCORES_AT_ONCE
+        ):
+            yield lengths[first:pair], first, whole[first]
+            first = pair
+
+
+def _chunk(lengths: list[int], first: int, head: int, blocks: Tensor, key_block: int) -> Chunk:
+    last, longest = first + len(lengths), lengths[0]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    ends = list(accumulate(size for _, size in runs))
+    short = tuple((end - size, end, length) for (length, size), end in zip(runs, ends, strict=True) if length < longest)
+    needed = 0 if head >= 0 else blocks_of(longest, key_block)
+    return Chunk(first, last, longest, head if head >= 0 else None, blocks[first:last, :needed].flatten(), short)

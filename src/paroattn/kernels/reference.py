@@ -4,8 +4,8 @@
         s    = q_i kᵀ · softmax_scale            over the keys of the kept blocks, −∞ elsewhere and on padding
         m    = rowmax s
         p    = exp(s − m)
-        out  = p v / rowsum p                    softmax renormalised over the kept blocks
-        lse  = m + ln rowsum p
+        out  = p v / rowsum p                    softmax renormalised over the kept blocks; 0 without any real key
+        lse  = m + ln rowsum p                   −∞ without any real key
 
 Quantised products change three lines. K's mean over tokens is subtracted first (softmax does not change; lse gets
 softmax_scale · q·k̄ back). Q and K get one scale per block (INT8, FP8) or per token (INT4), V one per channel. P is
@@ -75,6 +75,8 @@ def reference_attention(
         real = (torch.arange(tokens, device=q.device) < valid_tokens[:, None])[:, None]  # (B, 1, N)
         v_ = v_ * real[..., None]
     smoothed = FORMATS[precision.qk].scaled
+    if smoothed and real is not None:
+        q_ = q_ * real[..., None]
     mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
     k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
     q_hat, k_hat = _round_qk(q_, k_, mask.block, precision)
@@ -92,7 +94,7 @@ def reference_attention(
         scores = (q_hat[:, :, rows] @ k_hat.mT).masked_fill_(~keep, -math.inf)
         p, largest = _round_p(scores, mask.block[1], precision)
         total = p.sum(-1, keepdim=True)
-        out[:, :, rows] = p @ v_hat / total
+        out[:, :, rows] = p @ v_hat / total.clamp_min(torch.finfo(compute).tiny)
         lse[:, :, rows] = (largest + total.log()).squeeze(-1)
     if smoothed:
         lse += (q_ @ mean.mT).squeeze(-1) * softmax_scale
@@ -104,7 +106,7 @@ def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     """Mean over the real tokens, (B, H, 1, D)."""
     if real is None:
         return k.mean(2, keepdim=True)
-    return (k * real[..., None]).sum(2, keepdim=True) / real.sum(2)[..., None, None]
+    return (k * real[..., None]).sum(2, keepdim=True) / real.sum(2).clamp_min(1)[..., None, None]
 
 
 def _round_qk(q: Tensor, k: Tensor, block: tuple[int, int], precision: Precision) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ def _round_qk(q: Tensor, k: Tensor, block: tuple[int, int], precision: Precision
 def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, Tensor]:
     """exp(scores − row maximum) as the second product sees it, and the row maximum. Overwrites `scores`."""
     form = FORMATS[P_FORMAT.get(precision.pv, precision.pv)]
-    largest = scores.amax(-1, keepdim=True)
+    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     if not form.scaled:
         return round_to(scores.sub_(largest).exp_(), form), largest
     tokens = scores.shape[-1]

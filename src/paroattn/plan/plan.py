@@ -90,6 +90,7 @@ class TransformerPlan:
             found = (*mask.bits.shape[:-1], mask.key_blocks)
             if found != shape or mask.block != self.block:
                 raise PlanError(f"{name}: the mask must have (phases, heads, Nq, Nk) = {shape}; got {found}")
+            mask.check()
             if len(layer.orders) != self.heads:
                 raise PlanError(f"{name}: {self.heads} heads need {self.heads} orders; got {len(layer.orders)}")
             if [len(heads) for heads in layer.precision] != [self.heads] * len(self.phases):

@@ -1,0 +1,315 @@
+"""Scores, budgets and the plan file."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from paroattn.block_mask import BlockMask
+from paroattn.capture import CaptureSettings, Statistics, Sums
+from paroattn.files import writing_folder
+from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.phases import Phase, phase_at, phases_of
+from paroattn.plan.plan import LayerPlan, Plan, PlanError, TransformerPlan
+from paroattn.plan.search import BUDGETS, PlanSettings, make_plan
+
+GRID = Grid(3, 4, 5)
+BLOCK = (8, 16)
+NQ, NK = 8, 4
+HEADS = 3
+ORDERS = ("FHW", "WFH", "HWF", "2x2x2")
+LEVELS = (0.95, 0.8, 0.5, 0.1)
+
+
+def _statistics(seed: int = 0, orders: tuple[str, ...] = ORDERS) -> Statistics:
+    generator = torch.Generator().manual_seed(seed)
+
+    def sums(scale: float) -> Sums:
+        blocks = (len(orders), HEADS, NQ, NK)
+        mass = torch.rand(blocks, generator=generator).pow(4)
+        mass /= mass.sum(-1, keepdim=True)
+        error = scale * torch.rand(blocks, generator=generator).pow(6)
+        scores = [torch.rand(blocks[:2], generator=generator) for _ in range(2)]
+        return Sums(mass, error, *scores, torch.tensor(100.0 * scale), 1)
+
+    layers = {name: {level: sums(scale) for level in LEVELS} for name, scale in (("a", 1.0), ("b", 1e4))}
+    settings = CaptureSettings(orders=orders, block=BLOCK)
+    return Statistics("Model", HEADS, 16, Layout(GRID, TextSpan(6, "prefix")), settings, layers)
+
+
+def _plan(**changes) -> TransformerPlan:
+    return replace(make_plan(_statistics(), PlanSettings(0.4, orders=ORDERS)), **changes)
+
+
+# Phases
+
+
+def test_phases_end_between_the_levels_of_the_calibration_schedule():
+    phases = phases_of(LEVELS, (0.25, 0.5, 1.0))
+    assert [phase.share for phase in phases] == [0.25, 0.25, 0.5]
+    assert [phase.lowest_noise for phase in phases] == pytest.approx([0.875, 0.65, 0.0])
+    assert [phase_at(phases, level) for level in (1.0, 0.875, 0.87, 0.65, 0.64, 0.0)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_schedule_with_fewer_steps_than_phases_has_fewer_phases():
+    assert [phase.share for phase in phases_of((0.9, 0.3), (0.25, 0.5, 0.75, 1.0))] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("levels", "ends"), [((0.5, 0.5), (1.0,)), ((0.9, 0.5), (0.5,)), ((0.9,), (0.6, 0.5, 1.0)), ((), (1,))])
+def test_schedules_that_do_not_fall_and_ends_that_do_not_rise_to_one_are_refused(levels, ends):
+    with pytest.raises(ValueError, match="must"):
+        phases_of(levels, ends)
+
+
+# Search
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("mask_score", ["mass", "output_error"])
+def test_the_density_is_met_but_not_exceeded(budget, density, mask_score):
+    plan = make_plan(_statistics(), PlanSettings(density, "output_error", mask_score, budget, ORDERS))
+    assert density - 1.5 / (NQ * NK) < plan.density <= density + 1e-6
+    if budget == "per_head":
+        assert plan.head_density().std() < 1e-9
+
+
+def test_phases_count_with_their_share_of_the_steps():
+    plan = make_plan(_statistics(), PlanSettings(0.5, orders=ORDERS, phase_ends=(0.25, 1.0)))
+    by_phase = plan.phase_density()
+    assert plan.density == pytest.approx(float(0.25 * by_phase[0] + 0.75 * by_phase[1]))
+    assert plan.density == pytest.approx(0.5, abs=0.02) and abs(by_phase[0] - by_phase[1]) > 0.01
+
+
+def test_every_row_keeps_its_heaviest_block_even_at_the_lowest_density():
+    statistics = _statistics()
+    plan = make_plan(statistics, PlanSettings(1e-6, orders=ORDERS, phase_ends=(1.0,)))
+    for name, layer in plan.layers.items():
+        chosen = torch.tensor([ORDERS.index(order) for order in layer.orders])
+        heaviest = statistics.mean(name, "mass")[chosen, torch.arange(HEADS)].argmax(-1)
+        kept = layer.mask.dense()[0]
+        assert kept.sum() == HEADS * NQ
+        assert kept.gather(-1, heaviest[..., None]).all()
+
+
+def test_a_global_threshold_starves_the_layer_with_small_outputs_and_normalising_does_not():
+    densities = {}
+    for budget in ("global", "layer_normalised"):
+        plan = make_plan(_statistics(), PlanSettings(0.5, budget=budget, orders=ORDERS))
+        densities[budget] = [float(layer.mask.head_density().mean()) for layer in plan.layers.values()]
+    assert densities["global"][0] < 0.3 < 0.7 < densities["global"][1]
+    assert densities["layer_normalised"] == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_the_blocks_kept_are_those_with_the_highest_score_of_the_chosen_order():
+    statistics = _statistics()
+    plan = make_plan(statistics, PlanSettings(0.5, orders=ORDERS, phase_ends=(0.5, 1.0)))
+    kept, dropped = [], []
+    for name, layer in plan.layers.items():
+        chosen = torch.tensor([ORDERS.index(order) for order in layer.orders])
+        for phase, levels in enumerate((LEVELS[:2], LEVELS[2:])):
+            score = statistics.mean(name, "error", list(levels))[chosen, torch.arange(HEADS)]
+            score = score / statistics.mean(name, "output_power")
+            heaviest = statistics.mean(name, "mass", list(levels))[chosen, torch.arange(HEADS)].argmax(-1)
+            free = torch.ones_like(score, dtype=torch.bool).scatter(-1, heaviest[..., None], False)
+            mask = layer.mask.dense()[phase]
+            kept.append(score[mask & free])
+            dropped.append(score[~mask])
+    assert torch.cat(kept).min() >= torch.cat(dropped).max()
+
+
+def test_each_order_score_picks_the_order_it_says():
+    statistics = _statistics()
+    for levels in statistics.layers.values():
+        for sums in levels.values():
+            sums.error[1] *= 1e-6
+            sums.mass[2] = 0
+            sums.mass[2, ..., 0] = 1
+            sums.sparse_share[:] = torch.tensor([0.1, 0.2, 0.3, 0.9])[:, None]
+            sums.incoherence[:] = torch.tensor([9.0, 8.0, 7.0, 2.0])[:, None]
+    chosen = {
+        score: {order for layer in make_plan(statistics, PlanSettings(0.5, score, orders=ORDERS)).layers.values() for order in layer.orders}
+        for score in ("none", "output_error", "mass", "paper")
+    }
+    assert chosen == {"none": {"FHW"}, "output_error": {"WFH"}, "mass": {"HWF"}, "paper": {"2x2x2"}}
+
+
+def test_orders_outside_the_candidates_are_not_chosen():
+    plan = make_plan(_statistics(), PlanSettings(0.5, orders=("FHW", "HWF")))
+    assert {order for layer in plan.layers.values() for order in layer.orders} <= {"FHW", "HWF"}
+    with pytest.raises(ValueError, match="must hold layers and the orders"):
+        make_plan(_statistics(orders=("FHW",)), PlanSettings(0.5))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"density": 0}, {"density": 1.01}, {"density": -0.1}, {"order_score": "x"}, {"mask_score": "paper"}, {"budget": "x"}]
+)
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="must be"):
+        PlanSettings(**bad)
+
+
+# The file
+
+
+def _saved(tmp_path, plan=None):
+    return Plan({"transformer": plan or _plan()}).save_pretrained(tmp_path / "plan")
+
+
+def test_a_plan_survives_save_and_load(tmp_path):
+    plan = _plan()
+    mixed = tuple(tuple("int8" if head == phase % HEADS else "bf16" for head in range(HEADS)) for phase in range(4))
+    plan = replace(plan, layers={name: replace(layer, precision=mixed) for name, layer in plan.layers.items()})
+    again = Plan.from_pretrained(_saved(tmp_path, plan))["transformer"]
+    for name in ("model_class", "heads", "head_dim", "grid", "text", "block", "phases"):
+        assert getattr(again, name) == getattr(plan, name), name
+    for name, layer in plan.layers.items():
+        assert again.layers[name].orders == layer.orders
+        assert again.layers[name].precision == mixed
+        assert torch.equal(again.layers[name].mask.dense(), layer.mask.dense())
+    assert again.made["settings"]["density"] == 0.4
+
+
+def test_only_json_and_safetensors_are_written(tmp_path):
+    names = {path.name for path in _saved(tmp_path).rglob("*") if path.is_file()}
+    assert names == {"plan.json", "plan.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_a_changed_bit_anywhere_in_the_tensors_is_noticed(tmp_path):
+    folder = _saved(tmp_path)
+    path = folder / "transformer" / "plan.safetensors"
+    blob = path.read_bytes()
+    for position in (0, 9, len(blob) // 2, len(blob) - 1):
+        path.write_bytes(blob[:position] + bytes([blob[position] ^ 4]) + blob[position + 1 :])
+        with pytest.raises(PlanError, match="cut short or changed"):
+            Plan.from_pretrained(folder)
+    path.write_bytes(blob[:-7])
+    with pytest.raises(PlanError, match="cut short or changed"):
+        Plan.from_pretrained(folder)
+    path.unlink()
+    with pytest.raises(PlanError, match=r"no plan\.safetensors"):
+        Plan.from_pretrained(folder)
+
+
+CHANGES = {
+    "format_version": (2, "format 2; this paroattn reads format 1"),
+    "grid": ([3, 4, 6], "mask must have"),
+    "heads": (4, "mask must have|heads"),
+    "block": ("8x20", "mask must have|bytes"),
+    "phases": ([{"lowest_noise": 0.0, "share": 1.0}], "mask must have"),
+    "text": ({"tokens": 6, "side": "middle"}, "prefix or suffix"),
+    "layers": ({}, "different layers"),
+    "tensors": ({}, "damaged"),
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_description_that_does_not_match_its_tensors_is_refused(tmp_path, field):
+    value, message = CHANGES[field]
+    path = _saved(tmp_path) / "transformer" / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(PlanError, match=message):
+        Plan.from_pretrained(tmp_path / "plan")
+
+
+def test_a_mask_with_an_empty_row_or_stray_bits_is_refused(tmp_path):
+    for change, message in ((0x00, "head 1, query block 2 keeps none"), (0x10, "beyond the 4 key blocks")):
+        plan = _plan()
+        plan.layers["b"].mask.bits[3, 1, 2] = change
+        with pytest.raises(PlanError, match=message):
+            Plan.from_pretrained(_saved(tmp_path, plan))
+
+
+def test_an_unknown_order_or_precision_is_refused(tmp_path):
+    path = _saved(tmp_path) / "transformer" / "plan.json"
+    described = json.loads(path.read_text())
+    for key, bad, message in (("orders", "FWX", "an order must be one of"), ("precision", ["int9"] * HEADS, "precision must be")):
+        broken = json.loads(json.dumps(described))
+        broken["layers"]["a"][key][0] = bad
+        path.write_text(json.dumps(broken))
+        with pytest.raises(PlanError, match=message):
+            Plan.from_pretrained(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1}'])
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
+    path = _saved(tmp_path) / "transformer" / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match="JSON|format None"):
+        Plan.from_pretrained(tmp_path / "plan")
+
+
+def test_a_folder_without_a_plan_and_an_unknown_id_are_refused(tmp_path):
+    with pytest.raises(PlanError, match="holds no plan"):
+        Plan.from_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="neither a folder nor a plan"):
+        Plan.from_pretrained("nobody/nothing-of-this-name")
+
+
+def test_saving_fails_before_writing_where_it_must_not_or_cannot_write(tmp_path):
+    plan = Plan({"transformer": _plan()})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        plan.save_pretrained(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        plan.save_pretrained(tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(PermissionError, match="cannot be written"):
+        plan.save_pretrained(tmp_path / "mine" / "thesis.txt" / "plan")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failure_while_writing_leaves_the_old_plan_and_nothing_half_written(tmp_path):
+    folder = _saved(tmp_path)
+    before = (folder / "transformer" / "plan.json").read_text()
+    with pytest.raises(KeyError), writing_folder(folder, "*/plan.json") as scratch:
+        (scratch / "half").write_text("written")
+        raise KeyError("the disk is full")
+    assert (folder / "transformer" / "plan.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_saving_over_a_plan_replaces_it(tmp_path):
+    _saved(tmp_path)
+    folder = _saved(tmp_path, make_plan(_statistics(), PlanSettings(0.9, orders=ORDERS)))
+    assert Plan.from_pretrained(folder)["transformer"].made["settings"]["density"] == 0.9
+
+
+# Fit
+
+
+SIZES = {"a": (HEADS, 16), "b": (HEADS, 16)}
+
+
+def test_a_plan_fits_the_model_it_was_made_for():
+    _plan().check_fits("Model", SIZES)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "layers", "message"),
+    [
+        ("Other", SIZES, "made for Model; this model is Other"),
+        ("Model", SIZES | {"c": (HEADS, 16)}, "2 layers and the model 3; they differ at c"),
+        ("Model", {"a": (HEADS, 16)}, "2 layers and the model 1; they differ at b"),
+        ("Model", SIZES | {"b": (HEADS + 1, 16)}, "b: the plan has 3 heads of dimension 16, the model 4 of 16"),
+        ("Model", SIZES | {"b": (HEADS, 32)}, "the model 3 of 32"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_with_both_sides_and_a_remedy(model_class, layers, message):
+    with pytest.raises(PlanError, match=message) as error:
+        _plan().check_fits(model_class, layers)
+    assert "paro calibrate" in str(error.value)
+
+
+def test_a_plan_that_contradicts_itself_cannot_be_made():
+    plan = _plan()
+    layer = plan.layers["a"]
+    with pytest.raises(PlanError, match="falling noise levels"):
+        _plan(phases=(Phase(0.5, 0.5), Phase(0.6, 0.25), Phase(0.1, 0.125), Phase(0.0, 0.125)))
+    with pytest.raises(PlanError, match="3 heads need 3 orders; got 2"):
+        _plan(layers={"a": LayerPlan(layer.orders[:2], layer.mask, layer.precision)})
+    with pytest.raises(PlanError, match="mask must have"):
+        _plan(layers={"a": replace(layer, mask=BlockMask(layer.mask.bits[:, :2], layer.mask.key_blocks, BLOCK))})
+    with pytest.raises(PlanError, match="components among"):
+        Plan({"unet": plan})
