@@ -65,7 +65,8 @@ def a_plan(layers=2, heads=3, phases=2, names="blocks.{}.attn1", orders=("FHW", 
         planned[names.format(layer)] = LayerPlan(
             chosen, BlockMask.from_dense(kept, block), (("fp32",) * heads,) * phases
         )
-    ends = [Phase(0.9 - 0.8 * i / phases if i < phases - 1 else 0.0, 1 / phases) for i in range(phases)]
+    share = [2 * (i + 1) / (phases * (phases + 1)) for i in range(phases)]
+    ends = [Phase(0.9 - 0.8 * i / phases if i < phases - 1 else 0.0, share[i]) for i in range(phases)]
     return TransformerPlan("TinyTransformer", heads, 64, grid, TextSpan(), block, tuple(ends), planned)
 
 
@@ -343,8 +344,15 @@ def test_seconds_belong_to_the_clip_they_were_spent_on(monkeypatch):
         clock[0] += 5 if pipe.is_dense else 2
         return pipe(prompt, seed)
 
+    @contextmanager
+    def slow_toggle():
+        clock[0] += 100
+        with pipe.dense():
+            yield
+        clock[0] += 100
+
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    (found,) = evaluate(generate, ["one"], dense=pipe.dense)
+    (found,) = evaluate(generate, ["one"], dense=slow_toggle)
     assert (found.dense_seconds, found.sparse_seconds, found.speed_up) == (5, 2, 2.5)
 
 
@@ -412,6 +420,8 @@ def test_a_sprite_sheet_gives_every_frame_back(frames):
     pixels = np.asarray(Image.open(io.BytesIO(sheet.data)).convert("RGB"))
     assert sheet.lossless
     assert (sheet.frames, sheet.width, sheet.height, sheet.fps) == (frames, 19, 13, 8)
+    assert sheet.cell == (32, 16)
+    assert np.array_equal(pixels[:13, 31], pixels[:13, 18])
     found = frames_of(pixels, frames, sheet.columns, 19, 13, sheet.cell)
     assert np.array_equal(found, to_pixels(clip))
 
@@ -549,7 +559,8 @@ def test_every_order_has_a_colour_of_its_own():
 
 def test_a_drawn_plan_has_every_head_where_it_belongs():
     plan = a_plan(layers=3, heads=5)
-    drawn = draw_plan(plan, phase=1).convert("RGB")
+    drawn = draw_plan(plan, phase=1)
+    pixels = np.asarray(drawn.convert("RGB"))
     assert drawn.width >= 96 + 5 * 110 and drawn.height == 80 + 3 * 128
     for row, layer in enumerate(plan.layers.values()):
         for head, order in enumerate(layer.orders):
@@ -557,7 +568,7 @@ def test_a_drawn_plan_has_every_head_where_it_belongs():
             rows, columns = kept.shape
             for i, j in ((0, 0), (1, 3), (rows - 1, columns - 1)):
                 x, y = 96 + head * 110 + int((j + 0.5) * 96 / columns), 80 + row * 128 + int((i + 0.5) * 96 / rows)
-                colour = "#{:02x}{:02x}{:02x}".format(*drawn.getpixel((x, y)))
+                colour = "#{:02x}{:02x}{:02x}".format(*pixels[y, x])
                 assert colour == (colour_of(order) if kept[i, j] else "#f0f1f2")
 
 
@@ -610,7 +621,7 @@ def test_a_page_loads_nothing_from_anywhere(tmp_path, write):
             assert attrs.get(name, "data:").startswith("data:"), (tag, name)
     assert re.findall(r"https?:|@import|url\(|\bfetch\(|XMLHttpRequest", page.source) == []
     policy = [attrs["content"] for _, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"]
-    assert len(policy) == 1 and "default-src 'none'" in policy[0]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
 
 
 def test_a_page_adapts_to_the_reader(tmp_path):
@@ -650,6 +661,22 @@ def test_the_clips_on_the_page_are_the_clips(tmp_path):
         assert np.array_equal(found, to_pixels(clip))
     slider = next(attrs for tag, attrs in page.elements if tag == "input")
     assert (slider["min"], slider["max"]) == ("0", "4")
+
+
+def test_the_maps_of_a_head_are_before_after_and_kept(tmp_path):
+    shown = a_map()
+    page = Page(write_report(ReportData("t", maps=[shown]), tmp_path / "r.html"))
+    found = [np.asarray(picture(attrs["src"]).convert("RGBA")).tolist() for attrs in page.with_class("map")]
+    scale = (0.1 / 3, float(shown.after.max()))
+    drawn = [
+        map_picture(*part, scale) for part in ((shown.before, None), (shown.after, None), (shown.after, shown.kept))
+    ]
+    assert found == [np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).tolist() for png in drawn]
+    captions = ["Model's order, FHW", "Order HWF", "Kept: 56 % of the blocks, 83.3 % of the attention"]
+    assert page.texts("figcaption") == captions
+    assert [attrs["alt"] for attrs in page.with_class("map")] == [
+        f"blocks.1.attn1, head 2: {text}" for text in captions
+    ]
 
 
 def test_headline_numbers_are_those_of_the_clips_and_the_plan(tmp_path):
@@ -716,6 +743,16 @@ def test_orders_and_densities_are_those_of_the_plan(tmp_path):
     shown = re.findall(r'<td class="density"[^>]*>([^<]*)</td>', page.source)
     assert shown == [f"{value:.0f}" for value in mean.flatten().tolist()]
     first = [density for layer in plan.layers.values() for density in layer.mask[0].head_density().tolist()]
+    bars = dict(
+        re.findall(
+            r'</span> ([^<]+)</th><td[^>]*>[^<]*</td><td class="bar"><span style="width: ([0-9.]+)%', page.source
+        )
+    )
+    most = max(map(orders.count, orders))
+    assert {
+        order.replace("x", "×"): f"{100 * orders.count(order) / most:.1f}" for order in orders
+    }.items() <= bars.items()
+    assert bars["HFW"] == "0.0"
     captions = [text for text in page.texts("span") if " · " in text]
     assert captions == [f"{order.replace('x', '×')} · {100 * d:.0f} %" for order, d in zip(orders, first, strict=True)]
 

@@ -266,8 +266,11 @@ class TestSteps:
         per_step = 2 * (1 if call.get("batched") else 2)
         assert [row["sparse_calls"] for row in rows] == [per_step * phases.count(0), per_step * phases.count(1)]
 
-    def test_counting_follows_the_branch_that_came_first_where_nothing_else_tells(self, monkeypatch):
+    @pytest.mark.parametrize("resets", [True, False])
+    def test_counting_follows_the_branch_that_came_first_where_nothing_else_tells(self, resets, monkeypatch):
         pipe = tiny_pipeline(scheduler=CogVideoXDDIMScheduler())
+        if not resets:
+            monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: None)
         assert not hasattr(pipe.scheduler, "step_index")
         levels = []
         with recording(pipe, lambda *seen: levels.append(seen[5])):
@@ -647,6 +650,7 @@ class TestWrongUse:
         part = report(model).to_dict()["transformer"]
         row = part["layers"]["blocks.0.attn1"]
         assert sum(row["dense_calls"].values()) == 2 and row["sparse_calls"] == 1
+        assert row["density"] == pytest.approx((2 + row["phases"][0]["density"]) / 3)
         assert part["grids_seen"] == {"5x6x7": 2, "5x7x6": 1}
         assert next(iter(row["dense_calls"])) in str(report(model))
 
@@ -654,6 +658,7 @@ class TestWrongUse:
         model = tiny_wan()
         apply(model, random_plan())
         hidden = torch.randn(1, GRID.tokens, 128)
+        forward(model)
         with pytest.raises(PlanError, match=r"outside its transformer. blocks\.0\.attn1 cannot follow a plan"):
             model.blocks[0].attn1(hidden)
         left_over = model.blocks[0].attn1.processor
@@ -722,7 +727,7 @@ class TestReport:
             row = found["layers"][name]
             assert [phase["density"] for phase in row["phases"]] == pytest.approx(kept)
             assert [phase["sparse_calls"] for phase in row["phases"]] == calls
-            executed = (kept[0] * calls[0] + kept[1] * calls[1] + 2) / 10
+            executed = (kept[0] * calls[0] + kept[1] * calls[1]) / 8
             assert row["density"] == pytest.approx(executed)
             assert row["phases"][0]["precision"] == "fp32"
             total += executed / 2
@@ -902,12 +907,11 @@ class TestOtherModels:
             forward(model)
 
 
-@pytest.mark.slow
 def test_regional_compilation_of_dense_calls_adds_no_graph_breaks():
     model = tiny_wan()
     expected = forward(model)
     apply(model, random_plan())
-    model.compile_repeated_blocks(fullgraph=True)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
     with dense(model):
         assert difference(forward(model), expected) < 1e-4
         assert difference(forward(model), expected) < 1e-4

@@ -196,7 +196,7 @@ CHANGES = {
     "format_version": (2, "format 2; this paroattn reads format 1"),
     "grid": ([3, 4, 6], "mask must have"),
     "heads": (4, "mask must have|heads"),
-    "block": ("8x20", "mask must have|bytes"),
+    "block": ("8x20", "beyond the 3 key blocks"),
     "phases": ([{"lowest_noise": 0.0, "share": 1.0}], "mask must have"),
     "text": ({"tokens": 6, "side": "middle"}, "prefix or suffix"),
     "layers": ({}, "different layers"),

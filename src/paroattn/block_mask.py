@@ -158,20 +158,22 @@ class BlockMask:
 
         Returns:
             `torch.nn.attention.flex_attention.BlockMask` for queries and keys in kernel order; its batch size is 1, or
-            B with `valid_tokens`.
+            B with `valid_tokens`. It holds without torch.compile too, which reads its `mask_mod` and not its blocks.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
+        kept, (rows, columns) = self.dense(), self.block
         counts, indices = (part[None] for part in self.key_lists())
         if valid_tokens is None:
-            partial = torch.zeros_like(counts)
             return FlexBlockMask.from_kv_blocks(
-                partial, indices, counts, indices, BLOCK_SIZE=self.block, seq_lengths=(tokens, tokens)
-            )
+                torch.zeros_like(counts), indices, counts, indices, BLOCK_SIZE=self.block,
+                mask_mod=lambda b, h, q, k: kept[h, q // rows, k // columns], seq_lengths=(tokens, tokens),
+            )  # fmt: skip
         batch = valid_tokens.shape[0]
         return FlexBlockMask.from_kv_blocks(
             counts.repeat(batch, 1, 1), indices.repeat(batch, 1, 1, 1), BLOCK_SIZE=self.block,
-            mask_mod=lambda b, h, q, k: k < valid_tokens[b], seq_lengths=(tokens, tokens),
+            mask_mod=lambda b, h, q, k: kept[h, q // rows, k // columns] & (k < valid_tokens[b]),
+            seq_lengths=(tokens, tokens),
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A scale is what the stored number is multiplied by to get the value back.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ FORMATS = {
         Format("fp8", 448.0, -448.0, torch.float8_e4m3fn),
         Format("int8", 127.0, -127.0, torch.int8),
         Format("int4", 7.0, -7.0, torch.int8),
-        Format("uint4", 15.0, 0.0, torch.int8),
+        Format("uint8", 255.0, 0.0, torch.uint8),
+        Format("uint4", 15.0, 0.0, torch.uint8),
     )
 }
 GRANULARITIES = ("tensor", "head", "block", "token", "channel")
@@ -57,7 +59,8 @@ class Precision:
     def __post_init__(self):
         for product, name in vars(self).items():
             if name not in FORMATS or name == "uint4":
-                raise ValueError(f"{product} must be one of {', '.join(set(FORMATS) - {'uint4'})}; got {name!r}")
+                names = ", ".join(form for form in FORMATS if form != "uint4")
+                raise ValueError(f"{product} must be one of {names}; got {name!r}")
 
     def __str__(self) -> str:
         return next((name for name, value in PRECISIONS.items() if value == self), f"{self.qk}/{self.pv}")
@@ -101,7 +104,7 @@ def round_to(x: Tensor, form: Format) -> Tensor:
     if not form.scaled:
         return x.to(form.dtype).to(x.dtype)
     x = x.clamp(form.lowest, form.highest)
-    return x.round() if form.dtype == torch.int8 else x.to(form.dtype).to(x.dtype)
+    return x.to(form.dtype).to(x.dtype) if form.dtype.is_floating_point else x.round()
 
 
 def quantize(x: Tensor, form: Format, granularity: str, block: int | None = None) -> tuple[Tensor, Tensor]:
@@ -137,6 +140,20 @@ def quantize(x: Tensor, form: Format, granularity: str, block: int | None = None
         largest = x.abs().amax(dims, keepdim=True)
     scale = (largest / form.highest).clamp_min(SMALLEST_SCALE)
     return round_to(x / scale, form), scale
+
+
+@cache
+def hadamard(channels: int) -> Tensor:
+    """Orthogonal rotation that spreads every channel evenly over all others.
+
+    Returns:
+        float64 of shape (channels, 2ⁿ) with the smallest 2ⁿ ≥ channels: the first rows of a Hadamard matrix over √2ⁿ. Dot
+        products stay what they are: (q R) · (k R) = q · k.
+    """
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < channels:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix[:channels] / len(matrix) ** 0.5
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:

@@ -397,7 +397,7 @@ def _order_cell(order: str) -> Markup:
 def _densities(plan: TransformerPlan, of: str) -> Markup:
     by_phase = plan.head_density()
     shares = torch.tensor([phase.share for phase in plan.phases], dtype=by_phase.dtype)
-    mean = torch.einsum("lph,p->lh", by_phase, shares / shares.sum())
+    mean = torch.einsum("lph,p->lh", by_phase, shares)
     cells = [
         [_density_cell(mean[layer, head], by_phase[layer, :, head], mean.max()) for head in range(plan.heads)]
         for layer in range(len(plan.layers))

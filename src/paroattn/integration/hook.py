@@ -24,6 +24,7 @@ from .processor import planned_processor
 from .schedule import NoiseSchedule, branch_of
 
 HOOK = "paroattn"
+ON_REQUEST = "inside paroattn.dense"
 
 
 class CallContext(StateManager):
@@ -149,7 +150,7 @@ class PlanHook(ModelHook):
         """The phase, or the reason why the call runs dense."""
         plan = self.plan
         if self.dense_depth:
-            return None, "inside paroattn.dense"
+            return None, ON_REQUEST
         if plan is None:
             if grid is None:
                 raise PlanError("the call's arguments must tell the grid; got none. Pass latents (B, C, F, H, W).")

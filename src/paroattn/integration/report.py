@@ -9,7 +9,7 @@ from torch import nn
 
 from ..grid import Grid
 from .backend import Layer
-from .hook import PlanHook
+from .hook import ON_REQUEST, PlanHook
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Report:
     """What was executed since a plan was applied.
 
     Attributes:
-        transformers: Plain values by component name; densities are over all blocks, 0…1, a dense call counting as 1,
-            None where nothing ran. Calls inside torch.compile are counted for the transformer, not for its layers.
+        transformers: Plain values by component name. Densities are over all blocks, 0…1, weighted by calls, None where
+            nothing ran; a call that fell back to dense counts as 1, one inside `paroattn.dense` not at all. What
+            torch.compile runs is counted for the transformer but not for its layers.
     """
 
     transformers: Mapping[str, dict[str, Any]]
@@ -56,7 +57,7 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
         "grids_seen": dict(hook.grids),
         "calls": dict(hook.calls),
         "replaced_layers": hook.replaced,
-        "density": _mean((layer["density"], _calls(layer)) for layer in layers.values()),
+        "density": _mean((layer["density"], 1) for layer in layers.values()),
         "layers": layers,
     }
 
@@ -65,8 +66,9 @@ def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:
     assert layer.plan is not None
     phases = [_describe_phase(layer, phase, grid) for phase in range(len(layer.plan.precision))]
     ran = [(phase["density"], phase["sparse_calls"]) for phase in phases]
+    fell_back = layer.dense_calls.total() - layer.dense_calls[ON_REQUEST]
     return {
-        "density": _mean([*ran, (1.0, layer.dense_calls.total())]),
+        "density": _mean([*ran, (1.0, fell_back)]),
         "sparse_calls": layer.sparse_calls.total(),
         "dense_calls": dict(layer.dense_calls),
         "phases": phases,
@@ -87,10 +89,6 @@ def _describe_phase(layer: Layer, phase: int, grid: Grid) -> dict[str, Any]:
 def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
     pairs = [(value, weight) for value, weight in weighted if value is not None and weight]
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs) if pairs else None
-
-
-def _calls(layer: dict[str, Any]) -> int:
-    return layer["sparse_calls"] + sum(layer["dense_calls"].values())
 
 
 def _table(name: str, part: dict[str, Any]) -> str:

@@ -8,9 +8,11 @@
         lse  = m + ln rowsum p                   −∞ without any real key
 
 Quantised products change three lines. K's mean over tokens is subtracted first (softmax does not change; lse gets
-softmax_scale · q·k̄ back). Q and K get one scale per block (INT8, FP8) or per token (INT4), V one per channel. P is
-quantised against each row's own maximum inside each key block: with b = max of s over row and block,
-p̂ = round(exp(s − b) · top) · exp(b − m) / top. The denominator sums p̂, so the weights of a row always add up to one.
+softmax_scale · q·k̄ back), and the channels of Q and K are rotated by a Hadamard matrix, which spreads outliers over all
+channels and leaves q·k as it is. Q gets one scale per token, K one per block (INT8, FP8) or per token (INT4), V one per
+channel. P, which is never negative, is stored unsigned, against each row's own maximum inside each key block: with b = max
+of s over row and block, p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8), 15 (INT4) or 448 (FP8). The
+denominator sums p̂, so the weights of a row always add up to one.
 """
 
 import math
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask, blocks_of
-from ..precision import FORMATS, Precision, dequantize, quantize, round_to
+from ..precision import FORMATS, Precision, dequantize, hadamard, quantize, round_to
 
 ELEMENTS_AT_ONCE = 2**26
-GRANULARITY = {"int8": "block", "fp8": "block", "int4": "token"}
-P_FORMAT = {"int4": "uint4"}
+GRANULARITY = {"int8": ("token", "block"), "fp8": ("token", "block"), "int4": ("token", "token")}
+P_FORMAT = {"int8": "uint8", "int4": "uint4"}
 
 
 def to_kernel_order(x: Tensor, table: Tensor, order: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def reference_attention(
         out (B, N, H, D) in the model's order and q's dtype, and lse (B, H, N) in the model's order.
 
     Source:
-        PAROAttention (arXiv 2506.16054); scaling P by row within the block is ours.
+        PAROAttention (arXiv 2506.16054); rotation, and unsigned P scaled by row within the block, are ours.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_, k_, v_ = (to_kernel_order(x.to(compute), table, order) for x in (q, k, v))
@@ -79,7 +81,7 @@ def reference_attention(
         q_ = q_ * real[..., None]
     mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
     k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
-    q_hat, k_hat = _round_qk(q_, k_, mask.block, precision)
+    q_hat, k_hat = _round_qk(q_, k_, mask.block[1], precision)
     q_hat = q_hat * softmax_scale
     v_hat = dequantize(*quantize(v_, FORMATS[precision.pv], "channel"))
 
@@ -109,10 +111,15 @@ def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     return (k * real[..., None]).sum(2, keepdim=True) / real.sum(2).clamp_min(1)[..., None, None]
 
 
-def _round_qk(q: Tensor, k: Tensor, block: tuple[int, int], precision: Precision) -> tuple[Tensor, Tensor]:
-    granularity = GRANULARITY.get(precision.qk, "tensor")
-    sizes = block if granularity == "block" else (None, None)
-    rounded = (quantize(x, FORMATS[precision.qk], granularity, size) for x, size in zip((q, k), sizes, strict=True))
+def _round_qk(q: Tensor, k: Tensor, key_block: int, precision: Precision) -> tuple[Tensor, Tensor]:
+    form = FORMATS[precision.qk]
+    if not form.scaled:
+        return round_to(q, form), round_to(k, form)
+    rotation = hadamard(q.shape[-1]).to(q)
+    rounded = (
+        quantize(x @ rotation, form, granularity, key_block if granularity == "block" else None)
+        for x, granularity in zip((q, k), GRANULARITY[precision.qk], strict=True)
+    )
     q_hat, k_hat = (dequantize(*parts) for parts in rounded)
     return q_hat, k_hat
 

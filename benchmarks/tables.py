@@ -1,0 +1,119 @@
+"""Fills the result tables of README and docs from benchmarks/results: python benchmarks/tables.py [--check]."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/method.md")
+BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+RULE_NAMES = {
+    ("none", "mass", "global"): "no reorder, mass, one threshold",
+    ("none", "mass", "per_head"): "no reorder, mass, per head",
+    ("none", "output_error", "layer_normalised"): "no reorder, output error",
+    ("paper", "mass", "global"): "paper's score, mass, one threshold",
+    ("paper", "mass", "per_head"): "paper's score, mass, per head",
+    ("mass", "mass", "global"): "mass, one threshold",
+    ("mass", "mass", "per_head"): "mass, per head",
+    ("output_error", "output_error", "global"): "output error, one threshold",
+    ("output_error", "output_error", "per_head"): "output error, per head",
+    ("output_error", "output_error", "layer_normalised"): "**output error, layer-normalised (default)**",
+}
+
+
+def rows_of(name: str) -> list[dict]:
+    """Rows of a result file; none if it does not exist."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
+
+
+def where(rows: list[dict]) -> str:
+    """Devices, versions and dates of some rows, in words."""
+    about = sorted({f"{row['device']}, PyTorch {row['torch']}, {row['date']}" for row in rows})
+    return "; ".join(about)
+
+
+def fidelity() -> str:
+    """Density × rule at 16-bit precision, then precision at density 1."""
+    rows = rows_of("fidelity_demo")
+    sparse = [row for row in rows if row["precision"] == "bf16" and row["density_target"] < 1]
+    if not sparse:
+        return "Not measured yet.\n"
+    densities = sorted({row["density_target"] for row in sparse}, reverse=True)
+    lines = []
+    for rule, name in RULE_NAMES.items():
+        for orders in ("six", "six+tiles"):
+            mine = {
+                row["density_target"]: row
+                for row in sparse
+                if (row["order_score"], row["mask_score"], row["budget"]) == rule and row["orders"] == orders
+            }
+            if mine:
+                cells = [f"{mine[d]['psnr_mean']:.1f} ± {mine[d]['psnr_std']:.1f}" if d in mine else "–" for d in densities]
+                lines.append([name + (" + tiles" if orders != "six" else ""), *cells])
+    first = sparse[0]
+    text = table(["PSNR against dense, dB, mean ± spread", *(f"density {d:g}" for d in densities)], lines)
+    text += (
+        f"\nBundled model, {first['clips']} clips from prompts that the plan has not seen, {first['steps']} steps, none of "
+        f"them dense, {first['phases']} phases, blocks of {first['block']}, bf16. {where(sparse)}.\n"
+    )
+    quantised = [row for row in rows if row["density_target"] == 1 or row["precision"] != "bf16"]
+    if quantised:
+        lines = [
+            [row["precision"], f"{row['density_executed']:.2f}", f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}", f"{row['ssim_mean']:.4f}"]
+            for row in quantised
+        ]
+        text += "\n" + table(["precision", "density", "PSNR, dB", "SSIM"], lines) + f"\nThe same clips. {where(quantised)}.\n"
+    return text
+
+
+def attention() -> str:
+    """The CPU path against PyTorch's dense attention."""
+    rows = rows_of("attention_cpu")
+    if not rows:
+        return "Not measured yet.\n"
+    lines = [
+        [f"{row['tokens']}, {row['block']}", f"{row['density']:g}", f"{row['ms']:.0f}", f"{row['dense_ms']:.0f}", f"{row['speedup']:.2f}×"]
+        for row in rows
+    ]
+    first = rows[0]
+    head = ["tokens, block", "density", "ms", "dense SDPA, ms", "speed-up"]
+    return table(head, lines) + f"\nOn a CPU, float32, {first['heads']} heads of {first['head_dim']}; {first['includes']}. {where(rows)}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"fidelity": fidelity, "attention": attention}
+
+
+def filled(page: str) -> str:
+    """The page with every known table made anew."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say which pages are out of date")
+    args = parser.parse_args()
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        new = filled(path.read_text())
+        if new != path.read_text():
+            stale.append(name)
+            if not args.check:
+                path.write_text(new)
+    print(f"{'out of date' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""Attention over kept blocks: laws of the operation, the reference against loops, the CPU path against the reference."""
+
+import gc
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import paroattn
+from paroattn.block_mask import BlockMask, blocks_of
+from paroattn.grid import ORDERS, Grid, Layout, TextSpan
+from paroattn.kernels import attention as op
+from paroattn.kernels import cpu, reference
+from paroattn.precision import FORMATS, Precision
+
+GRID = Grid(3, 5, 7)
+ORDERED = (*ORDERS, "2x2x4")
+HEADS = 5
+TEXTS = [TextSpan(), TextSpan(23, "prefix"), TextSpan(23, "suffix")]
+BLOCKS = [(16, 16), (32, 16), (16, 32), (64, 64)]
+NO_TEXT = TextSpan()
+
+
+class Case:
+    """Inputs in which no two heads, tokens, channels or batch elements are alike, and another order and mask per head."""
+
+    def __init__(self, text=NO_TEXT, block=(16, 16), padded=False, keep=0.4, dtype=torch.float64, seed=0, dim=24):
+        generator = torch.Generator().manual_seed(seed)
+        self.layout = Layout(GRID, text)
+        tokens = self.layout.tokens
+        shape = (2, tokens, HEADS, dim)
+        q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+        levels = torch.linspace(0.5, 2.0, HEADS)[:, None] * torch.linspace(0.8, 1.2, dim)
+        self.q, self.k = (2 * q * levels).to(dtype), (k + torch.randn(HEADS, dim, generator=generator)).to(dtype)
+        self.v = (v + levels).to(dtype)
+        self.table = self.layout.table(ORDERED)
+        self.order = torch.tensor([6, 2, 0, 5, 3], dtype=torch.int32)
+        blocks = [blocks_of(GRID.tokens, size) for size in block]
+        kept = torch.rand(HEADS, *blocks, generator=generator) < keep
+        kept |= torch.nn.functional.one_hot(torch.randint(blocks[1], (HEADS, blocks[0]), generator=generator), blocks[1]) > 0
+        kept[1, 0] = False
+        kept[1, 0, -1] = True  # one kept block, the ragged one
+        kept[2] = True  # a dense head
+        kept[3, :1] = True  # a dense row
+        self.mask = BlockMask.from_dense(kept, block).with_text(GRID.tokens, text.tokens)
+        self.text_tokens = text.tokens
+        self.valid_text = torch.tensor([text.tokens - 4, 3]) if padded else None
+        self.valid = [tokens - text.tokens + int(n) for n in self.valid_text] if self.valid_text is not None else [tokens] * 2
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    def attention(self, **changes):
+        settings = {"table": self.table, "order": self.order, "text_tokens": self.text_tokens}
+        settings |= {"valid_text": self.valid_text, "return_lse": True} | changes
+        return paroattn.attention(*self.qkv, self.mask, **settings)
+
+    def kernel_order(self, head: int) -> Tensor:
+        return self.table[int(self.order[head])].long()
+
+    def token_mask(self, head: int, element: int) -> Tensor:
+        """Keys that each query may read, (N, N) in kernel order, spelled out."""
+        tokens = torch.arange(self.layout.tokens)
+        kept = self.mask.dense()[head][tokens // self.mask.block[0]][:, tokens // self.mask.block[1]]
+        return kept & (tokens < self.valid[element])
+
+
+def each_head(case: Case, one_head) -> tuple[Tensor, Tensor]:
+    """Out and lse in the model's order from a function of (q, k, v, token mask, valid) of one head in kernel order."""
+    out, lse = torch.empty_like(case.q), torch.empty(2, HEADS, case.layout.tokens, dtype=torch.float64)
+    for element in range(2):
+        for head in range(HEADS):
+            index = case.kernel_order(head)
+            q, k, v = (x[element, :, head][index] for x in case.qkv)
+            result, logs = one_head(q, k, v, case.token_mask(head, element), case.valid[element])
+            out[element, index, head], lse[element, head, index] = result, logs
+    return out, lse
+
+
+def exact(case: Case) -> tuple[Tensor, Tensor]:
+    """Dense softmax under the token mask."""
+
+    def one_head(q, k, v, allowed, valid):
+        scores = (q @ k.T / math.sqrt(q.shape[1])).masked_fill(~allowed, -math.inf)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    return each_head(case, one_head)
+
+
+def quantised(case: Case, qk: str, pv: str) -> tuple[Tensor, Tensor]:
+    """One block after the other with an online softmax, every scale spelled out."""
+    top = {"int8": 127, "fp8": 448, "int4": 7}
+    (rows, columns), scale = case.mask.block, 1 / math.sqrt(case.q.shape[-1])
+
+    def rotated(x: Tensor) -> Tensor:
+        signs = [[(-1) ** (i & j).bit_count() for j in range(x.shape[1])] for i in range(x.shape[1])]
+        return x @ torch.tensor(signs, dtype=x.dtype) / math.sqrt(x.shape[1])
+
+    def stored(x: Tensor, form: str, highest: int) -> Tensor:
+        return x.to(torch.float8_e4m3fn).to(x.dtype) if form == "fp8" else x.round().clamp(-highest, highest)
+
+    def rounded(parts: list[Tensor], form: str) -> list[Tensor]:
+        scales = [max(part.abs().max().item() / top[form], 1e-12) for part in parts]
+        return [stored(part / size, form, top[form]) * size for part, size in zip(parts, scales, strict=True)]
+
+    def one_head(q, k, v, allowed, valid):
+        real = (torch.arange(len(q)) < valid)[:, None]
+        mean, v = torch.zeros_like(k[0]), v * real
+        if qk in top:
+            mean, q = k[:valid].mean(0), q * real
+            q_hat = torch.cat(rounded(list(rotated(q).split(1)), qk))
+            k_hat = torch.cat(rounded(list(rotated((k - mean) * real).split(1 if qk == "int4" else columns)), qk))
+        else:
+            q_hat, k_hat = q, k
+        v_hat = torch.cat(rounded(list(v.split(1, 1)), pv), 1) if pv in top else v
+        p_top = {"int8": 255, "fp8": 448, "int4": 15}.get(pv, 1)
+        out, lse = torch.empty_like(q), torch.empty_like(q[:, 0])
+        for i in range(0, len(q), rows):
+            queries = q_hat[i : i + rows]
+            acc, total, highest = torch.zeros_like(queries), torch.zeros(len(queries), 1).double(), torch.tensor(-1e30)
+            for j in range(0, valid, columns):
+                if not allowed[i, j]:
+                    continue
+                keys = slice(j, min(j + columns, valid))
+                s = queries @ k_hat[keys].T * scale
+                b = s.amax(1, keepdim=True)
+                p = (s - b).exp() * p_top
+                p = stored(p, pv, p_top) if pv in top else p
+                new = torch.maximum(highest, b)
+                old, share = (highest - new).exp(), (b - new).exp() / p_top
+                acc, total, highest = acc * old + p @ v_hat[keys] * share, total * old + p.sum(1, True) * share, new
+            out[i : i + rows] = acc / total
+            lse[i : i + rows] = (highest + total.log())[:, 0] + queries.new_tensor(scale) * (q[i : i + rows] @ mean)
+        return out, lse
+
+    return each_head(case, one_head)
+
+
+def torch_attention(case: Case, dtype: torch.dtype) -> Tensor:
+    """What PyTorch computes for the same inputs at a precision."""
+
+    def one_head(q, k, v, allowed, valid):
+        q, k, v = (x.to(dtype)[None, None] for x in (q, k, v))
+        result = scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return result[0, 0].to(case.q.dtype), torch.zeros(len(allowed), dtype=torch.float64)
+
+    return each_head(case, one_head)[0]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return (got.double() - expected.double()).pow(2).mean().sqrt().item()
+
+
+def sqnr(got: Tensor, expected: Tensor) -> float:
+    """Signal over quantisation noise, dB."""
+    return 20 * math.log10(expected.double().pow(2).mean().sqrt().item() / error(got, expected))
+
+
+def close(got, expected, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+LAYOUTS = [(text, padded) for text in TEXTS for padded in (False, True) if text.tokens or not padded]
+layouts = pytest.mark.parametrize(
+    ("text", "padded"), LAYOUTS, ids=lambda x: x.side * bool(x.tokens) or "video" if isinstance(x, TextSpan) else ["", "padded"][x]
+)
+blocks = pytest.mark.parametrize("block", BLOCKS, ids="{0[0]}x{0[1]}".format)
+both = pytest.mark.parametrize("impl", ["cpu", "reference"])
+
+
+@layouts
+@blocks
+def test_the_reference_is_a_softmax_over_the_kept_tokens(text, padded, block):
+    case = Case(text, block, padded)
+    out, lse = case.attention()
+    expected, expected_lse = exact(case)
+    close(out, expected)
+    close(lse, expected_lse)
+
+
+@layouts
+@blocks
+def test_the_cpu_path_is_as_exact_as_pytorch_in_float32(text, padded, block):
+    case = Case(text, block, padded)
+    expected, expected_lse = exact(case)
+    allowed = error(torch_attention(case, torch.float32), expected)
+    single = Case(text, block, padded, dtype=torch.float32)
+    out, lse = single.attention(impl="cpu")
+    assert out.dtype == lse.dtype == torch.float32
+    assert error(out, expected) <= 2 * allowed
+    close(lse.double(), expected_lse, 5e-6)
+    assert torch.equal(single.attention(impl="cpu", return_lse=False), out)
+    reference_out, reference_lse = single.attention(impl="reference")
+    close(out, reference_out, 1e-5)
+    close(lse, reference_lse, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_exact_as_pytorch(dtype):
+    case = Case(TEXTS[1], (32, 16), True, dtype=dtype)
+    rounded = Case(TEXTS[1], (32, 16), True)
+    rounded.q, rounded.k, rounded.v = (x.double() for x in case.qkv)
+    expected, _ = exact(rounded)
+    out, lse = case.attention()
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert error(out, expected) <= 2 * error(torch_attention(rounded, dtype), expected)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [("cpu", torch.float32), ("reference", torch.float64)])
+def test_density_one_equals_dense_attention_whatever_the_orders(impl, dtype):
+    case = Case(TEXTS[1], (32, 16), dtype=dtype)
+    case.mask = BlockMask.full(HEADS, case.layout.tokens, (32, 16))
+    out, _ = case.attention(impl=impl)
+    dense = scaled_dot_product_attention(*(x.transpose(1, 2) for x in case.qkv)).transpose(1, 2)
+    close(out, dense, 1e-12 if dtype == torch.float64 else 2e-5)
+
+
+@both
+def test_without_a_table_every_head_reads_in_the_model_s_order(impl):
+    case = Case(dtype=torch.float32)
+    own = torch.arange(case.layout.tokens, dtype=torch.int32)[None]
+    out, _ = case.attention(impl=impl, table=None, order=None)
+    assert torch.equal(out, case.attention(impl=impl, table=own, order=torch.zeros(HEADS, dtype=torch.int64))[0])
+
+
+@both
+@pytest.mark.parametrize("order", ORDERED)
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_a_token_reads_its_own_block_of_its_head_s_order(impl, order, text):
+    """Values are coordinates, keys are all alike: the result is the mean coordinate of the block."""
+    layout, size = Layout(GRID, text), 16
+    place = torch.arange(layout.tokens, dtype=torch.float32)
+    values = torch.stack([place, place**2 / 100, place % 7, place % 3], -1)[None, :, None].repeat(1, 1, 2, 1)
+    values[:, :, 1] *= -1
+    count = blocks_of(layout.tokens, size)
+    mask = BlockMask.from_dense(torch.eye(count).bool().repeat(2, 1, 1), (size, size))
+    table, zeros = layout.table(("FHW", order)), torch.zeros_like(values)
+    out = paroattn.attention(
+        zeros, zeros, values, mask, table=table, order=torch.tensor([1, 0]), text_tokens=text.tokens, impl=impl
+    )
+    for head, row in ((0, table[1]), (1, table[0])):
+        for block in row.long().split(size):
+            mean = values[0, block, head].mean(0)
+            close(out[0, block, head], mean.expand(len(block), -1), 1e-5)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+def test_kernel_order_and_back_changes_nothing(text):
+    case = Case(text)
+    there = reference.to_kernel_order(case.q, case.table, case.order)
+    for head in range(HEADS):
+        assert torch.equal(there[:, head], case.q[:, case.kernel_order(head), head])
+    assert torch.equal(reference.to_model_order(there, case.table, case.order), case.q)
+
+
+@both
+def test_two_halves_of_the_keys_merge_by_lse(impl):
+    case = Case(TEXTS[2], (16, 16), True, dtype=torch.float32)
+    kept, first = case.mask.dense(), torch.arange(case.mask.key_blocks) < 3
+    outs, logs = [], []
+    for half in (kept & first, kept & ~first):
+        case.mask = BlockMask.from_dense(half | (torch.arange(case.mask.key_blocks) == (0 if half[..., 0].any() else 7)), (16, 16))
+        out, lse = case.attention(impl=impl)
+        outs.append(out.double())
+        logs.append(lse.double().transpose(1, 2)[..., None])
+    case.mask = BlockMask.from_dense(kept | (torch.arange(len(first)) == 0) | (torch.arange(len(first)) == 7), (16, 16))
+    whole, lse = case.attention(impl=impl)
+    weights = torch.stack(logs).softmax(0)
+    close((weights * torch.stack(outs)).sum(0), whole.double(), 5e-6)
+    close(torch.stack(logs).logsumexp(0)[..., 0].transpose(1, 2), lse.double(), 5e-6)
+
+
+@both
+def test_the_softmax_scale_is_the_caller_s(impl):
+    case = Case(dtype=torch.float32)
+    out, lse = case.attention(impl=impl, softmax_scale=0.05)
+    scaled = Case(dtype=torch.float32)
+    scaled.q = case.q * (0.05 * math.sqrt(case.q.shape[-1]))
+    expected, expected_lse = scaled.attention(impl=impl)
+    close(out, expected, 1e-5)
+    close(lse, expected_lse, 1e-5)
+
+
+@both
+def test_batch_elements_do_not_mix(impl):
+    case = Case(TEXTS[1], padded=True, dtype=torch.float32)
+    out, lse = case.attention(impl=impl)
+    for element in (0, 1):
+        alone = slice(element, element + 1)
+        result, logs = paroattn.attention(
+            *(x[alone] for x in case.qkv), case.mask, table=case.table, order=case.order, return_lse=True, impl=impl,
+            text_tokens=case.text_tokens, valid_text=case.valid_text[alone],
+        )  # fmt: skip
+        close(out[alone], result, 1e-6)
+        close(lse[alone], logs, 1e-6)
+
+
+@both
+def test_slices_of_a_fused_projection_do_as_well(impl):
+    case = Case(dtype=torch.float32)
+    expected, _ = case.attention(impl=impl)
+    fused = torch.stack(case.qkv, 2)
+    case.q, case.k, case.v = fused.unbind(2)
+    assert not case.q.is_contiguous()
+    assert torch.equal(case.attention(impl=impl)[0], expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4", "int8/fp8"])
+def test_padding_is_never_read(precision):
+    case = Case(TEXTS[1], (16, 32), True, dtype=torch.float32)
+    before, lse = case.attention(precision=precision)
+    real = torch.zeros(2, case.layout.tokens, dtype=torch.bool)
+    for element, valid in enumerate(case.valid):
+        real[element, case.kernel_order(0)[:valid]] = True
+    assert 0 < (~real).sum() < case.text_tokens * 2
+    for x in case.qkv:
+        x[~real] = 1e4
+    after, lse_after = case.attention(precision=precision)
+    assert torch.equal(before[real], after[real])
+    assert torch.equal(lse.transpose(1, 2)[real], lse_after.transpose(1, 2)[real])
+
+
+def test_the_cpu_path_never_reads_dropped_blocks():
+    case = Case(dtype=torch.float32, keep=0.3)
+    kept = case.mask.dense()
+    kept[0, :, 4] = kept[3, :, 6] = False
+    kept[0, :, 2] = kept[3, :, 1] = True
+    case.mask = BlockMask.from_dense(kept, (16, 16))
+    before, _ = case.attention(impl="cpu")
+    for head, block in ((0, 4), (3, 6)):
+        tokens = case.kernel_order(head)[block * 16 : block * 16 + 16]
+        case.k[:, tokens, head] = case.v[:, tokens, head] = math.nan
+    assert torch.equal(case.attention(impl="cpu")[0], before)
+
+
+@both
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_row_without_real_keys_gives_zero_and_minus_infinity(impl, precision):
+    if impl == "cpu" and precision != "fp32":
+        pytest.skip("the CPU path computes fp32 only")
+    tokens, generator = 48, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 2, 8, generator=generator) for _ in range(3))
+    kept = torch.tensor([[[1, 0, 0], [0, 0, 1], [1, 1, 1]], [[0, 0, 1], [1, 0, 1], [1, 0, 0]]]).bool()
+    mask = BlockMask.from_dense(kept, (16, 16))
+    out, lse = paroattn.attention(
+        q, k, v, mask, text_tokens=16, valid_text=torch.tensor([0, 16]), precision=precision, return_lse=True, impl=impl
+    )
+    empty = torch.zeros(2, 2, tokens, dtype=torch.bool)
+    empty[0, 0, 16:32] = empty[0, 1, :16] = True
+    assert torch.equal(lse == -math.inf, empty)
+    assert torch.equal((out == 0).all(-1).transpose(1, 2), empty)
+    assert out.isfinite().all()
+
+
+QUANTISED = [("int8", "int8"), ("int4", "int4"), ("int8", "fp8"), ("fp8", "fp8"), ("int8", "fp64"), ("fp64", "int4")]
+
+
+@pytest.mark.parametrize(("qk", "pv"), QUANTISED)
+@pytest.mark.parametrize("block", [(16, 16), (32, 16), (16, 32)], ids=str)
+def test_the_quantised_reference_equals_a_loop_over_blocks(qk, pv, block):
+    case = Case(TEXTS[1], block, padded=True)
+    out, lse = case.attention(precision=f"{qk}/{pv}")
+    expected, expected_lse = quantised(case, qk, pv)
+    real = torch.zeros(2, case.layout.tokens, dtype=torch.bool)
+    for element, valid in enumerate(case.valid):
+        real[element, case.kernel_order(0)[:valid]] = True
+    close(out[real], expected[real], 1e-9)
+    close(lse.transpose(1, 2)[real], expected_lse.transpose(1, 2)[real], 1e-9)
+    assert error(out[real], exact(case)[0][real]) > 1e-3
+
+
+FLOORS = {
+    "bf16": 45, "fp16": 63, "int8": 34, "int8-qk": 36, "int8-pv": 38, "int8/fp8": 30, "fp8/fp8": 23,
+    "int4": 12, "int4-qk": 14, "int4-pv": 17,
+}  # fmt: skip
+
+
+def attention_like(concentration: float, tokens: int = 512, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbouring tokens alike, keys with a common offset, values with a mean: (1, N, 2, 64) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(1, tokens // 8, 2, 64, generator=generator).repeat_interleave(8, 1)
+    q, k, v = (torch.randn(1, tokens, 2, 64, generator=generator) for _ in range(3))
+    offset, mean = torch.randn(2, 1, 1, 2, 64, generator=generator)
+    q, k = (concentration * 0.7 * (shared + x) for x in (q, k))
+    return q.double(), (k + 2 * offset).double(), (v + shared + mean / 2).double()
+
+
+@pytest.mark.parametrize("precision", FLOORS)
+@pytest.mark.parametrize("concentration", [0.5, 1.0, 2.5])
+def test_every_precision_keeps_its_floor_of_accuracy(precision, concentration):
+    q, k, v = attention_like(concentration)
+    mask = BlockMask.from_dense(torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4, (64, 64))
+    expected = paroattn.attention(q, k, v, mask)
+    assert sqnr(paroattn.attention(q.float(), k.float(), v.float(), mask, precision=precision), expected) >= FLOORS[precision]
