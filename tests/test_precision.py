@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from paroattn.precision import FORMATS, GRANULARITIES, PRECISIONS, Precision, dequantize, quantize, round_to
+from paroattn.precision import FORMATS, GRANULARITIES, PRECISIONS, Precision, dequantize, hadamard, quantize, round_to
 
 SCALED = [name for name, form in FORMATS.items() if form.scaled]
-SIGNED = [name for name in SCALED if name != "uint4"]
+SIGNED = [name for name in SCALED if not name.startswith("uint")]
 
 
 def tokens_and_channels() -> torch.Tensor:
@@ -22,6 +22,7 @@ def tokens_and_channels() -> torch.Tensor:
     [
         ("int8", [0.4, 0.5, 1.5, -2.5, 126.6, 300.0, -300.0], [0, 0, 2, -2, 127, 127, -127]),
         ("int4", [0.4, 0.5, 1.5, -2.5, 6.6, 300.0, -300.0], [0, 0, 2, -2, 7, 7, -7]),
+        ("uint8", [0.4, 254.6, 300.0, -1.0], [0, 255, 255, 0]),
         ("uint4", [0.4, 0.5, 1.5, -2.5, 14.6, 300.0, -300.0], [0, 0, 2, 0, 15, 15, 0]),
         ("fp8", [0.4, 17.0, 19.0, -2.3, 440.0, 1e6, -1e6], [0.40625, 16, 20, -2.25, 448, 448, -448]),
         ("bf16", [1 + 2**-8, 1 + 2**-7, 3.0], [1, 1 + 2**-7, 3]),
@@ -116,3 +117,10 @@ def test_unsigned_four_bits_are_for_weights_only():
 def test_a_granularity_and_a_block_size_must_fit(granularity, block):
     with pytest.raises(ValueError, match="with a block size for block only; got"):
         quantize(torch.randn(6, 4), FORMATS["int8"], granularity, block)
+
+
+@pytest.mark.parametrize("channels", [1, 24, 64])
+def test_the_rotation_keeps_dot_products_and_spreads_one_channel_over_all(channels):
+    rotation = hadamard(channels)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(channels, dtype=torch.float64))
+    assert rotation.abs().unique().numel() == 1

@@ -99,7 +99,7 @@ class BlockMask:
 
     def head_density(self) -> Tensor:
         """Density of each head, (…, heads) float64."""
-        return self.dense().double().mean((-2, -1))
+        return self.dense().sum((-2, -1)).double() / (self.query_blocks * self.key_blocks)
 
     def dense(self) -> Tensor:
         """Unpack to bool of shape (…, heads, query blocks, key blocks)."""

@@ -58,8 +58,8 @@ class Precision:
 
     def __post_init__(self):
         for product, name in vars(self).items():
-            if name not in FORMATS or name == "uint4":
-                names = ", ".join(form for form in FORMATS if form != "uint4")
+            if name not in FORMATS or name.startswith("uint"):
+                names = ", ".join(form for form in FORMATS if not form.startswith("uint"))
                 raise ValueError(f"{product} must be one of {names}; got {name!r}")
 
     def __str__(self) -> str:
