@@ -2,8 +2,9 @@
 
     python benchmarks/fidelity_demo.py --out benchmarks/results/fidelity_demo.json
 
-Plans come from two prompts, clips from sixteen others; both sides of a pair use the same attention code, noise and number
-format, and no step is dense. Rows are merged by key into the result file.
+Plans come from two prompts, clips from sixteen others. Both sides of a pair use the same attention code and the same
+noise; the dense side computes in bf16, and no step of the other side is dense. Rows are merged by key into the result
+file.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from paroattn import apply, remove
 from paroattn.block_mask import BlockMask
 from paroattn.capture import CaptureSettings, Statistics
@@ -24,7 +27,6 @@ from paroattn.integration.calibrate import collect
 from paroattn.plan.plan import LayerPlan, Plan, TransformerPlan
 from paroattn.plan.search import PHASE_ENDS, PlanSettings, make_plan
 from records import environment, merge
-from torch import Tensor
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 KEY = ("order_score", "mask_score", "budget", "orders", "density_target", "precision", "block", "steps", "phase_ends")
@@ -144,14 +146,20 @@ def main() -> None:
         statistics = Statistics.load(args.statistics)
     else:
         capture = CaptureSettings(orders=ORDERS + TILES)
-        statistics = collect(bench.pipe, CALIBRATION_PROMPTS, steps=args.calibration_steps, capture=capture)["transformer"]
+        statistics = collect(bench.pipe, CALIBRATION_PROMPTS, steps=args.calibration_steps, capture=capture)[
+            "transformer"
+        ]
         if args.statistics:
             statistics.save(args.statistics)
     print(f"statistics after {time.time() - began:.1f} s", flush=True)
     about = environment() | {"weights_sha256": weights_sha256()}
     for row in rows(bench, statistics, args):
         merge(args.out, [row | about], KEY)
-        print(f"{time.time() - began:6.1f} s", {name: row[name] for name in (*KEY[:6], "density_executed", "psnr_mean", "psnr_min")}, flush=True)
+        print(
+            f"{time.time() - began:6.1f} s",
+            {name: row[name] for name in (*KEY[:6], "density_executed", "psnr_mean", "psnr_min")},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

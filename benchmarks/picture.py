@@ -1,7 +1,7 @@
 """Draws the README's picture: a head's attention in the model's own order, reordered, and what the plan keeps.
 
-    paro calibrate demo --prompts prompts.txt --density 0.3 --out plan/
-    python benchmarks/picture.py plan/ docs/pictures/reorder.png
+paro calibrate demo --prompts prompts.txt --density 0.3 --out plan/
+python benchmarks/picture.py plan/ docs/pictures/reorder.png
 """
 
 import argparse
@@ -9,12 +9,13 @@ import io
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
+
 from paroattn.capture import Statistics
 from paroattn.evaluation.maps import instructive_maps
 from paroattn.evaluation.pictures import map_picture
 from paroattn.evaluation.report import AttentionMap
 from paroattn.plan.plan import Plan
-from PIL import Image, ImageDraw, ImageFont
 
 SIDE, GAP, MARGIN, TOP = 236, 28, 20, 54
 PAPER, INK, QUIET, SKIPPED = "#ffffff", "#1c2126", "#66707a", "#eef0f2"
@@ -48,4 +49,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     statistics = Statistics.load(args.plan / "statistics" / "transformer")
     with torch.no_grad():
-        draw(instructive_maps(statistics, Plan.from_pretrained(args.plan)["transformer"], 1)[0]).save(args.out, optimize=True)
+        draw(instructive_maps(statistics, Plan.from_pretrained(args.plan)["transformer"], 1)[0]).save(
+            args.out, optimize=True
+        )

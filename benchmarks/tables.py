@@ -59,21 +59,32 @@ def fidelity() -> str:
                 if (row["order_score"], row["mask_score"], row["budget"]) == rule and row["orders"] == orders
             }
             if mine:
-                cells = [f"{mine[d]['psnr_mean']:.1f} ± {mine[d]['psnr_std']:.1f}" if d in mine else "–" for d in densities]
+                cells = [
+                    f"{mine[d]['psnr_mean']:.1f} ± {mine[d]['psnr_std']:.1f}" if d in mine else "–" for d in densities
+                ]
                 lines.append([name + (" + tiles" if orders != "six" else ""), *cells])
     first = sparse[0]
     text = table(["PSNR against dense, dB, mean ± spread", *(f"density {d:g}" for d in densities)], lines)
     text += (
-        f"\nBundled model, {first['clips']} clips from prompts that the plan has not seen, {first['steps']} steps, none of "
-        f"them dense, {first['phases']} phases, blocks of {first['block']}, bf16. {where(sparse)}.\n"
+        f"\nBundled model, {first['clips']} clips from prompts that the plan has not seen, {first['steps']} "
+        f"steps, none of them dense, {first['phases']} phases, blocks of {first['block']}, bf16. {where(sparse)}.\n"
     )
     quantised = [row for row in rows if row["density_target"] == 1 or row["precision"] != "bf16"]
     if quantised:
         lines = [
-            [row["precision"], f"{row['density_executed']:.2f}", f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}", f"{row['ssim_mean']:.4f}"]
+            [
+                row["precision"],
+                f"{row['density_executed']:.2f}",
+                f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}",
+                f"{row['ssim_mean']:.4f}",
+            ]
             for row in quantised
         ]
-        text += "\n" + table(["precision", "density", "PSNR, dB", "SSIM"], lines) + f"\nThe same clips. {where(quantised)}.\n"
+        text += (
+            "\n"
+            + table(["precision", "density", "PSNR, dB", "SSIM"], lines)
+            + f"\nThe same clips. {where(quantised)}.\n"
+        )
     return text
 
 
@@ -83,12 +94,21 @@ def attention() -> str:
     if not rows:
         return "Not measured yet.\n"
     lines = [
-        [f"{row['tokens']}, {row['block']}", f"{row['density']:g}", f"{row['ms']:.0f}", f"{row['dense_ms']:.0f}", f"{row['speedup']:.2f}×"]
+        [
+            f"{row['tokens']}, {row['block']}",
+            f"{row['density']:g}",
+            f"{row['ms']:.0f}",
+            f"{row['dense_ms']:.0f}",
+            f"{row['speedup']:.2f}×",
+        ]
         for row in rows
     ]
     first = rows[0]
     head = ["tokens, block", "density", "ms", "dense SDPA, ms", "speed-up"]
-    return table(head, lines) + f"\nOn a CPU, float32, {first['heads']} heads of {first['head_dim']}; {first['includes']}. {where(rows)}.\n"
+    return (
+        table(head, lines)
+        + f"\nOn a CPU, float32, {first['heads']} heads of {first['head_dim']}; {first['includes']}. {where(rows)}.\n"
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {"fidelity": fidelity, "attention": attention}

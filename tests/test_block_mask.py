@@ -119,7 +119,9 @@ def test_blocks_are_read_as_query_by_key(text, block):
     assert parse_block(text) == block
 
 
-@pytest.mark.parametrize("text", ["", "0", "64x", "x64", "64x0", "64X64", "64x64x64", "64 x 64", "064", "99999", "64\n"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "64x", "x64", "64x0", "64X64", "64x64x64", "64 x 64", "064", "99999", "64\n"]
+)
 def test_malformed_blocks_are_refused(text):
     with pytest.raises(ValueError, match="QUERYxKEY in tokens, such as 64x64"):
         parse_block(text)

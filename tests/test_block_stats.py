@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.kernels import block_stats as module
 from paroattn.kernels.block_stats import block_stats

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.grid import Grid, Layout, TextSpan
-from torch import Tensor
 
 SETTINGS = CaptureSettings(orders=("FHW", "WFH"), block=(8, 16), row_stride=2)
 LAYOUT = Layout(Grid(2, 3, 5), TextSpan(3, "prefix"))

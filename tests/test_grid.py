@@ -103,7 +103,7 @@ def test_grid_sizes_must_be_positive_integers(size):
 
 @pytest.mark.parametrize("order", ["fhw", "FHH", "FH", "", "4x4", "0x4x4"])
 def test_unknown_orders_are_refused(order):
-    with pytest.raises(ValueError, match="an order must be one of FHW, .* or a tile such as 4x4x4"):
+    with pytest.raises(ValueError, match=r"an order must be one of FHW, .* or a tile such as 4x4x4"):
         check_order(order)
     with pytest.raises(ValueError, match="an order must be one of"):
         token_order(GRID, order)

@@ -1,6 +1,5 @@
-"""Attention over kept blocks: laws of the operation, the reference against loops, the CPU path against the reference."""
+"""Attention over kept blocks: laws of the operation, the reference against loops, the CPU path against that."""
 
-import gc
 import math
 
 import pytest
@@ -11,9 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import paroattn
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import ORDERS, Grid, Layout, TextSpan
-from paroattn.kernels import attention as op
-from paroattn.kernels import cpu, reference
-from paroattn.precision import FORMATS, Precision
+from paroattn.kernels import reference
 
 GRID = Grid(3, 5, 7)
 ORDERED = (*ORDERS, "2x2x4")
@@ -24,7 +21,7 @@ NO_TEXT = TextSpan()
 
 
 class Case:
-    """Inputs in which no two heads, tokens, channels or batch elements are alike, and another order and mask per head."""
+    """Inputs that differ in every head, token, channel and batch element, with another order and mask per head."""
 
     def __init__(self, text=NO_TEXT, block=(16, 16), padded=False, keep=0.4, dtype=torch.float64, seed=0, dim=24):
         generator = torch.Generator().manual_seed(seed)
@@ -39,15 +36,20 @@ class Case:
         self.order = torch.tensor([6, 2, 0, 5, 3], dtype=torch.int32)
         blocks = [blocks_of(GRID.tokens, size) for size in block]
         kept = torch.rand(HEADS, *blocks, generator=generator) < keep
-        kept |= torch.nn.functional.one_hot(torch.randint(blocks[1], (HEADS, blocks[0]), generator=generator), blocks[1]) > 0
+        kept |= (
+            torch.nn.functional.one_hot(torch.randint(blocks[1], (HEADS, blocks[0]), generator=generator), blocks[1])
+            > 0
+        )
         kept[1, 0] = False
         kept[1, 0, -1] = True  # one kept block, the ragged one
         kept[2] = True  # a dense head
         kept[3, :1] = True  # a dense row
         self.mask = BlockMask.from_dense(kept, block).with_text(GRID.tokens, text.tokens)
         self.text_tokens = text.tokens
-        self.valid_text = torch.tensor([text.tokens - 4, 3]) if padded else None
-        self.valid = [tokens - text.tokens + int(n) for n in self.valid_text] if self.valid_text is not None else [tokens] * 2
+        self.valid_text: Any = torch.tensor([text.tokens - 4, 3]) if padded else None
+        self.valid = (
+            [tokens - text.tokens + int(n) for n in self.valid_text] if self.valid_text is not None else [tokens] * 2
+        )
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +169,9 @@ def close(got, expected, tolerance: float = 1e-12) -> None:
 
 LAYOUTS = [(text, padded) for text in TEXTS for padded in (False, True) if text.tokens or not padded]
 layouts = pytest.mark.parametrize(
-    ("text", "padded"), LAYOUTS, ids=lambda x: x.side * bool(x.tokens) or "video" if isinstance(x, TextSpan) else ["", "padded"][x]
+    ("text", "padded"),
+    LAYOUTS,
+    ids=lambda x: x.side * bool(x.tokens) or "video" if isinstance(x, TextSpan) else ["", "padded"][x],
 )
 blocks = pytest.mark.parametrize("block", BLOCKS, ids="{0[0]}x{0[1]}".format)
 both = pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -264,7 +268,9 @@ def test_two_halves_of_the_keys_merge_by_lse(impl):
     kept, first = case.mask.dense(), torch.arange(case.mask.key_blocks) < 3
     outs, logs = [], []
     for half in (kept & first, kept & ~first):
-        case.mask = BlockMask.from_dense(half | (torch.arange(case.mask.key_blocks) == (0 if half[..., 0].any() else 7)), (16, 16))
+        case.mask = BlockMask.from_dense(
+            half | (torch.arange(case.mask.key_blocks) == (0 if half[..., 0].any() else 7)), (16, 16)
+        )
         out, lse = case.attention(impl=impl)
         outs.append(out.double())
         logs.append(lse.double().transpose(1, 2)[..., None])
@@ -396,7 +402,10 @@ def test_every_precision_keeps_its_floor_of_accuracy(precision, concentration):
     q, k, v = attention_like(concentration)
     mask = BlockMask.from_dense(torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4, (64, 64))
     expected = paroattn.attention(q, k, v, mask)
-    assert sqnr(paroattn.attention(q.float(), k.float(), v.float(), mask, precision=precision), expected) >= FLOORS[precision]
+    assert (
+        sqnr(paroattn.attention(q.float(), k.float(), v.float(), mask, precision=precision), expected)
+        >= FLOORS[precision]
+    )
 
 
 @pytest.mark.parametrize(("precision", "gain"), [("int8-qk", 5), ("int4-qk", 5)])

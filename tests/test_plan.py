@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from paroattn.block_mask import BlockMask
 from paroattn.capture import CaptureSettings, Statistics, Sums
 from paroattn.files import writing_folder
@@ -55,7 +56,9 @@ def test_a_schedule_with_fewer_steps_than_phases_has_fewer_phases():
     assert [phase.share for phase in phases_of((0.9, 0.3), (0.25, 0.5, 0.75, 1.0))] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize(("levels", "ends"), [((0.5, 0.5), (1.0,)), ((0.9, 0.5), (0.5,)), ((0.9,), (0.6, 0.5, 1.0)), ((), (1,))])
+@pytest.mark.parametrize(
+    ("levels", "ends"), [((0.5, 0.5), (1.0,)), ((0.9, 0.5), (0.5,)), ((0.9,), (0.6, 0.5, 1.0)), ((), (1,))]
+)
 def test_schedules_that_do_not_fall_and_ends_that_do_not_rise_to_one_are_refused(levels, ends):
     with pytest.raises(ValueError, match="must"):
         phases_of(levels, ends)
@@ -128,7 +131,11 @@ def test_each_order_score_picks_the_order_it_says():
             sums.sparse_share[:] = torch.tensor([0.1, 0.2, 0.3, 0.9])[:, None]
             sums.incoherence[:] = torch.tensor([9.0, 8.0, 7.0, 2.0])[:, None]
     chosen = {
-        score: {order for layer in make_plan(statistics, PlanSettings(0.5, score, orders=ORDERS)).layers.values() for order in layer.orders}
+        score: {
+            order
+            for layer in make_plan(statistics, PlanSettings(0.5, score, orders=ORDERS)).layers.values()
+            for order in layer.orders
+        }
         for score in ("none", "output_error", "mass", "paper")
     }
     assert chosen == {"none": {"FHW"}, "output_error": {"WFH"}, "mass": {"HWF"}, "paper": {"2x2x2"}}
@@ -142,7 +149,15 @@ def test_orders_outside_the_candidates_are_not_chosen():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"density": 0}, {"density": 1.01}, {"density": -0.1}, {"order_score": "x"}, {"mask_score": "paper"}, {"budget": "x"}]
+    "bad",
+    [
+        {"density": 0},
+        {"density": 1.01},
+        {"density": -0.1},
+        {"order_score": "x"},
+        {"mask_score": "paper"},
+        {"budget": "x"},
+    ],
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="must be"):
@@ -224,7 +239,10 @@ def test_a_mask_with_an_empty_row_or_stray_bits_is_refused(tmp_path):
 def test_an_unknown_order_or_precision_is_refused(tmp_path):
     path = _saved(tmp_path) / "transformer" / "plan.json"
     described = json.loads(path.read_text())
-    for key, bad, message in (("orders", "FWX", "an order must be one of"), ("precision", ["int9"] * HEADS, "precision must be")):
+    for key, bad, message in (
+        ("orders", "FWX", "an order must be one of"),
+        ("precision", ["int9"] * HEADS, "precision must be"),
+    ):
         broken = json.loads(json.dumps(described))
         broken["layers"]["a"][key][0] = bad
         path.write_text(json.dumps(broken))
@@ -236,7 +254,7 @@ def test_an_unknown_order_or_precision_is_refused(tmp_path):
 def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
     path = _saved(tmp_path) / "transformer" / "plan.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match="JSON|format None"):
+    with pytest.raises(PlanError, match=r"JSON|format None"):
         Plan.from_pretrained(tmp_path / "plan")
 
 

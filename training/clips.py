@@ -1,16 +1,17 @@
 """Training clips, rendered on the fly: a photograph under a moving camera, with two shapes that move and occlude.
 
 Photographs come with scikit-image: astronaut, rocket and galaxy are in the public domain (NASA, SpaceX), cat, coffee,
-brick, grass and cameraman are CC0. Clips are (B, 3, F, H, W) in [-1, 1]. Every random number comes from one generator, so
-a seed fixes the data.
+brick, grass and cameraman are CC0. Clips are (B, 3, F, H, W) in [-1, 1]. Every random number comes from one
+generator, so a seed fixes the data.
 """
 
 from dataclasses import dataclass
 
 import torch
-from paroattn.demo.prompt import CAMERAS, COLOURS, DIRECTIONS, SCENES, SHAPES, VOCABULARY
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from paroattn.demo.prompt import CAMERAS, COLOURS, DIRECTIONS, SCENES, SHAPES, VOCABULARY
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -53,9 +54,13 @@ class Words:
     def ids(self) -> Tensor:
         """Vocabulary indices (B, 8) in the order of the prompt's slots."""
         lists = (SCENES, CAMERAS, COLOURS, SHAPES, DIRECTIONS)
-        look_up = [torch.tensor([VOCABULARY.index(word) for word in words], device=self.scene.device) for words in lists]
+        look_up = [
+            torch.tensor([VOCABULARY.index(word) for word in words], device=self.scene.device) for words in lists
+        ]
         scene, camera = look_up[0][self.scene], look_up[1][self.camera]
-        objects = [table[field] for table, field in zip(look_up[2:], (self.colour, self.shape, self.direction), strict=True)]
+        objects = [
+            table[field] for table, field in zip(look_up[2:], (self.colour, self.shape, self.direction), strict=True)
+        ]
         front, rear = [field[:, 0] for field in objects], [field[:, 1] * self.rear_present for field in objects]
         return torch.stack([scene, camera, *front, *rear], dim=1)
 
@@ -158,7 +163,9 @@ def _paint_object(
     centre = middle[:, None] + heading[:, None] * speed[:, None, None] * (time - 0.5)[None, :, None]
     angle = turn[:, None] + spin[:, None] * time
     y, x = torch.meshgrid(
-        torch.linspace(-1, 1, height, device=device), torch.linspace(-aspect, aspect, width, device=device), indexing="ij"
+        torch.linspace(-1, 1, height, device=device),
+        torch.linspace(-aspect, aspect, width, device=device),
+        indexing="ij",
     )
     dx, dy = x - centre[..., 0, None, None], y - centre[..., 1, None, None]
     cos, sin = angle.cos()[..., None, None], angle.sin()[..., None, None]

@@ -1,19 +1,23 @@
 """Trains the bundled video model: python training/train.py --steps 5000 --out run/
 
-Flow matching on clips rendered on the fly. The same seed, steps and GPU give the same model; a killed run continues from
-its last checkpoint. Ends by writing the pipeline folder that ships inside the package and metrics.json beside it.
+Flow matching on clips rendered on the fly. The same seed, steps and GPU give the same model; a killed run continues
+from its last checkpoint. Ends by writing the pipeline folder that ships inside the package and metrics.json beside
+it.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from clips import draw_words, load_photographs, render
 from diffusers import WanTransformer3DModel
-from paroattn.demo.conditioner import Conditioner
 from torch import Generator, Tensor, nn
+
+from clips import draw_words, load_photographs, render
+from paroattn.demo.conditioner import Conditioner
 
 CLIP = (16, 52, 72)
 TRANSFORMER = {
@@ -50,7 +54,9 @@ def shifted(uniform: Tensor) -> Tensor:
     return SHIFT * level / (1 + (SHIFT - 1) * level)
 
 
-def denoising_loss(model: nn.Module, clips: Tensor, ids: Tensor, uniform: Tensor, generator: Generator) -> Tensor:
+def denoising_loss(
+    model: Callable[..., Tensor], clips: Tensor, ids: Tensor, uniform: Tensor, generator: Generator
+) -> Tensor:
     """Mean squared error of the predicted velocity, noise − clip."""
     level = shifted(uniform)
     noise = torch.randn(clips.shape, generator=generator, device=clips.device)
@@ -96,7 +102,9 @@ def train(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     photographs = load_photographs(device)
     model = Model().to(device)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER)
+    )
     optims = optimizers(model, args.rate)
     generator = Generator(device).manual_seed(args.seed)
     checkpoint = args.out / "checkpoint.pt"
@@ -117,7 +125,10 @@ def train(args: argparse.Namespace) -> None:
         clips = render(words, photographs, CLIP, generator)
         dropped = torch.rand(args.batch, generator=generator, device=device) < UNCONDITIONAL
         ids = words.ids().masked_fill(dropped[:, None], 0)
-        uniform = (torch.randperm(args.batch, generator=generator, device=device) + torch.rand(args.batch, generator=generator, device=device)) / args.batch
+        uniform = (
+            torch.randperm(args.batch, generator=generator, device=device)
+            + torch.rand(args.batch, generator=generator, device=device)
+        ) / args.batch
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = args.rate * rate_at(step, args.steps)
@@ -133,14 +144,18 @@ def train(args: argparse.Namespace) -> None:
             log.append({"step": step, "loss": round(loss.item(), 5), "seconds": round(time.time() - began, 1)})
             print(log[-1], flush=True)
         if step and step % args.save_every == 0:
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optims": [o.state_dict() for o in optims]}
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optims": [o.state_dict() for o in optims],
+            }
             args.out.mkdir(parents=True, exist_ok=True)
             torch.save(state | {"generator": generator.get_state(), "step": step + 1}, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
     finish(average.module, photographs, args, log, time.time() - began)
 
 
-def finish(model: Model, photographs: Tensor, args: argparse.Namespace, log: list[dict], seconds: float) -> None:
+def finish(model: Any, photographs: Tensor, args: argparse.Namespace, log: list[dict], seconds: float) -> None:
     """Write the weights in bfloat16 as they ship, and the held-out loss of exactly those weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -46,9 +46,8 @@ class BlockMask:
         if self.bits.dtype != torch.uint8 or self.bits.ndim < 3:
             raise ValueError(f"packed bits must be uint8 of shape (…, H, Nq, bytes); got {_describe(self.bits)}")
         if self.bits.shape[-1] != blocks_of(self.key_blocks, 8):
-            raise ValueError(
-                f"{self.key_blocks} key blocks need {blocks_of(self.key_blocks, 8)} bytes a row; got {self.bits.shape[-1]}"
-            )
+            needed = blocks_of(self.key_blocks, 8)
+            raise ValueError(f"{self.key_blocks} key blocks need {needed} bytes a row; got {self.bits.shape[-1]}")
 
     @classmethod
     def from_dense(cls, kept: Tensor, block: tuple[int, int]) -> "BlockMask":

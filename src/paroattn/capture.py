@@ -1,14 +1,14 @@
 """Accumulates block statistics of a model's attention maps while it generates, and keeps them on disk.
 
-What is measured is passed in as a function; this room adds up, averages and stores. Statistics are kept per noise level, so
-phases, density, scores and budget can all be chosen later without running the model again.
+What is measured is passed in as a function; this room adds up, averages and stores. Statistics are kept per noise
+level, so phases, density, scores and budget can all be chosen later without running the model again.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,17 +24,24 @@ from .grid import ORDERS, Grid, Layout, TextSpan, check_order
 
 FORMAT_VERSION = 1
 SAME_LEVEL = 5
+TENSORS = ("mass", "error", "sparse_share", "incoherence", "output_power")
 
 
 class Measured(Protocol):
     """What the statistics function returns: sums over `calls` maps; see kernels.block_stats.BlockStats."""
 
-    mass: Tensor
-    error: Tensor
-    sparse_share: Tensor
-    incoherence: Tensor
-    output_power: Tensor
-    calls: int
+    @property
+    def mass(self) -> Tensor: ...
+    @property
+    def error(self) -> Tensor: ...
+    @property
+    def sparse_share(self) -> Tensor: ...
+    @property
+    def incoherence(self) -> Tensor: ...
+    @property
+    def output_power(self) -> Tensor: ...
+    @property
+    def calls(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,14 @@ class Statistics:
     made: dict[str, Any] = field(default_factory=dict)
 
     def add(
-        self, layer: str, q: Tensor, k: Tensor, v: Tensor, w_o: Tensor, noise_level: float, measure: Callable[..., Measured]
+        self,
+        layer: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w_o: Tensor,
+        noise_level: float,
+        measure: Callable[..., Measured],
     ) -> None:
         """Measure one self-attention call and add it up.
 
@@ -123,15 +137,22 @@ class Statistics:
         levels = self.layers.setdefault(layer, {})
         level = round(noise_level, SAME_LEVEL)
         measured = measure(
-            q, k, v, w_o,
-            layout=self.layout, orders=self.settings.orders, block=self.settings.block,
-            row_stride=self.settings.row_stride, row_offset=sum(s.calls for s in levels.values()), paper=self.settings.paper,
-        )  # fmt: skip
-        new = {part.name: getattr(measured, part.name) for part in fields(Sums)}
-        new = {name: part.float().cpu() if isinstance(part, Tensor) else part for name, part in new.items()}
-        if level in levels:
-            new = {name: getattr(levels[level], name) + part for name, part in new.items()}
-        levels[level] = Sums(**new)
+            q,
+            k,
+            v,
+            w_o,
+            layout=self.layout,
+            orders=self.settings.orders,
+            block=self.settings.block,
+            row_stride=self.settings.row_stride,
+            row_offset=sum(sums.calls for sums in levels.values()),
+            paper=self.settings.paper,
+        )
+        before = levels.get(level)
+        new = {name: getattr(measured, name).float().cpu() for name in TENSORS}
+        if before is not None:
+            new = {name: getattr(before, name) + part for name, part in new.items()}
+        levels[level] = Sums(**new, calls=measured.calls + (before.calls if before else 0))
 
     @property
     def noise_levels(self) -> list[float]:
@@ -157,7 +178,8 @@ class Statistics:
                 "text": asdict(self.layout.text),
                 "settings": asdict(self.settings) | {"block": "x".join(map(str, self.settings.block))},
                 "calls": {
-                    name: {repr(level): sums.calls for level, sums in levels.items()} for name, levels in self.layers.items()
+                    name: {repr(level): sums.calls for level, sums in levels.items()}
+                    for name, levels in self.layers.items()
                 },
                 "made": self.made,
                 "tensors": {"file": "statistics.safetensors", "sha256": hashlib.sha256(blob).hexdigest()},
@@ -192,14 +214,13 @@ class Statistics:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, levels in self.layers.items():
             for level, sums in levels.items():
-                for part in fields(Sums)[:-1]:
-                    yield f"{name}@{level!r}.{part.name}", getattr(sums, part.name).contiguous()
+                for part in TENSORS:
+                    yield f"{name}@{level!r}.{part}", getattr(sums, part).contiguous()
 
     @classmethod
     def _from(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Statistics":
         settings = dict(described["settings"])
         settings |= {"orders": tuple(settings["orders"]), "block": parse_block(settings["block"])}
-        parts = [part.name for part in fields(Sums)[:-1]]
         return cls(
             model_class=described["model_class"],
             heads=described["heads"],
@@ -208,7 +229,7 @@ class Statistics:
             settings=CaptureSettings(**settings),
             layers={
                 name: {
-                    float(level): Sums(*(tensors[f"{name}@{level}.{part}"] for part in parts), calls=calls)
+                    float(level): Sums(*(tensors[f"{name}@{level}.{part}"] for part in TENSORS), calls=calls)
                     for level, calls in levels.items()
                 }
                 for name, levels in described["calls"].items()

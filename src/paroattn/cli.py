@@ -91,7 +91,9 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     source = args.plan / STATISTICS
     found = sorted(path.parent for path in source.glob("*/statistics.json"))
     if not found:
-        raise ValueError(f"{args.plan} holds no statistics: expected {STATISTICS}/transformer in it. Run paro calibrate.")
+        raise ValueError(
+            f"{args.plan} holds no statistics: expected {STATISTICS}/transformer in it. Run paro calibrate."
+        )
     precision = args.precision or Plan.from_pretrained(args.plan)["transformer"].made["settings"]["precision"]
     settings = replace(settings, precision=precision)
     with writing_folder(args.out, MARKER) as folder:
@@ -114,7 +116,9 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
     if args.html:
         from .evaluation.report import write_plan
 
-        _end(write_plan(plan, args.html, title=f"Attention plan {args.plan}"), f"paro generate MODEL --plan {args.plan}")
+        _end(
+            write_plan(plan, args.html, title=f"Attention plan {args.plan}"), f"paro generate MODEL --plan {args.plan}"
+        )
     return _describe(plan)
 
 
@@ -276,21 +280,21 @@ def _table(name: str, part: Any) -> Any:
 
     from rich.table import Table
 
-    title = f"{name}: {part.model_class}, grid {part.grid}, density {part.density:.3f}, blocks of {part.block[0]}×{part.block[1]}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer")
+    precisions = sorted({name for layer in part.layers.values() for heads in layer.precision for name in heads})
+    size = "×".join(map(str, part.block))
+    title = f"{name}: {part.model_class}, grid {part.grid}, blocks of {size}\ndensity {part.density:.3f}"
+    table = Table(title=f"{title}, precision {', '.join(precisions)}", title_justify="left")
+    table.add_column("layer", no_wrap=True)
     table.add_column("orders (heads)")
     for index, phase in enumerate(part.phases):
-        table.add_column(f"phase {index}\nσ ≥ {phase.lowest_noise:.2f}", justify="right")
-    table.add_column("heads min…max", justify="right")
-    table.add_column("precision")
+        table.add_column(f"phase {index}\nσ≥{phase.lowest_noise:.2f}", justify="right", no_wrap=True)
+    table.add_column("heads", justify="right", no_wrap=True)
     for path, layer in part.layers.items():
         density = layer.mask.head_density()
         orders = ", ".join(f"{order} {count}" for order, count in Counter(layer.orders).most_common())
         heads = density.mean(0)
-        precision = ", ".join(sorted({name for each in layer.precision for name in each}))
         phases = [f"{value:.2f}" for value in density.mean(1).tolist()]
-        table.add_row(path, orders, *phases, f"{heads.min():.2f}…{heads.max():.2f}", precision)
+        table.add_row(path, orders, *phases, f"{heads.min():.2f}–{heads.max():.2f}")
     return table
 
 
@@ -303,9 +307,22 @@ def _console() -> Any:
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float], None]]:
     """Progress bars, one per stage, made when a stage first reports."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, Any] = {}
     with Progress(*columns, console=_console()) as progress:
 
@@ -337,8 +354,8 @@ def _say_summary(summary: dict[str, Any], seconds: dict[str, float]) -> None:
     quality = "identical" if psnr["mean"] is None else f"{psnr['mean']:.1f} dB PSNR (worst {psnr['lowest']:.1f})"
     speed = seconds["dense"] / seconds["sparse"]
     _console().print(
-        f"against dense: {quality}, SSIM {ssim['mean']:.3f}; {seconds['dense']:.1f} s dense, {seconds['sparse']:.1f} s sparse "
-        f"({speed:.2f}×)",
+        f"against dense: {quality}, SSIM {ssim['mean']:.3f}; "
+        f"{seconds['dense']:.1f} s dense, {seconds['sparse']:.1f} s sparse ({speed:.2f}×)",
         highlight=False,
     )
 
@@ -403,11 +420,15 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     from .grid import ORDERS, TILES
 
-    sub.add_argument("--density", type=float, default=0.25, help="kept share of the video's blocks (default: %(default)s)")
+    sub.add_argument(
+        "--density", type=float, default=0.25, help="kept share of the video's blocks (default: %(default)s)"
+    )
     sub.add_argument("--order-score", default="output_error", help="none, paper, mass or output_error")
     sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
     sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")
-    sub.add_argument("--orders", nargs="+", default=list(ORDERS), help=f"candidates, also tiles such as {' '.join(TILES)}")
+    sub.add_argument(
+        "--orders", nargs="+", default=list(ORDERS), help=f"candidates, also tiles such as {' '.join(TILES)}"
+    )
     sub.add_argument("--phase-ends", type=float, nargs="+", help="shares of the steps at which phases end")
 
 
@@ -419,7 +440,9 @@ def _show_arguments(sub: argparse.ArgumentParser) -> None:
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--plan", help="plan folder or hub id (default for demo: the plan that ships)")
     sub.add_argument("--steps", type=int, help="inference steps (default: the pipeline's own)")
-    sub.add_argument("--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing")
+    sub.add_argument(
+        "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
+    )
 
 
 def _generate_arguments(sub: argparse.ArgumentParser) -> None:

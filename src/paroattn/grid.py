@@ -1,7 +1,8 @@
 """Where tokens sit: the latent video's grid, the text beside it, and the orders in which a head may read them.
 
-A diffusion transformer flattens (frames, height, width) with width fastest, so neighbours along the other axes end up far
-apart. An order is another way to flatten the same grid. In kernel order the reordered video comes first and text last.
+A diffusion transformer flattens (frames, height, width) with width fastest, so neighbours along the other axes end up
+far apart. An order is another way to flatten the same grid. In kernel order the reordered video comes first and text
+last.
 """
 
 import re

@@ -1,11 +1,13 @@
 """Spans of the noise schedule that share one block mask.
 
-A noise level is σ for flow matching and √(1−ᾱ) for variance-preserving schedulers: 1 is pure noise, 0 is clean. Phases end
-at the levels that a calibration schedule reaches at given shares of its *steps*, so one plan serves any number of steps.
+A noise level is σ for flow matching and √(1−ᾱ) for variance-preserving schedulers: 1 is pure noise, 0 is clean.
+Phases end at the levels that a calibration schedule reaches at given shares of its *steps*, so one plan serves any
+number of steps.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 TOLERANCE = 1e-6
 
@@ -34,9 +36,9 @@ def phases_of(noise_levels: Sequence[float], ends: Sequence[float]) -> tuple[Pha
     Raises:
         ValueError: If the levels do not fall or the ends do not rise to 1.
     """
-    if not noise_levels or any(b >= a for a, b in zip(noise_levels, noise_levels[1:], strict=False)):
+    if not noise_levels or any(b >= a for a, b in pairwise(noise_levels)):
         raise ValueError(f"noise levels must fall from step to step; got {list(noise_levels)}")
-    if not ends or ends[-1] != 1 or ends[0] <= 0 or any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+    if not ends or ends[-1] != 1 or ends[0] <= 0 or any(b <= a for a, b in pairwise(ends)):
         raise ValueError(f"phases must end at rising shares of the steps, the last one at 1; got {list(ends)}")
     steps = len(noise_levels)
     counts = list(dict.fromkeys(max(1, round(end * steps)) for end in ends))

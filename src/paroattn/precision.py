@@ -81,7 +81,9 @@ class Precision:
         if text in PRECISIONS:
             return PRECISIONS[text]
         if text.count("/") != 1:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or QK/PV such as int8/fp8; got {text!r}")
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)} or QK/PV such as int8/fp8; got {text!r}"
+            )
         return cls(*text.split("/"))
 
 
@@ -147,8 +149,8 @@ def hadamard(channels: int) -> Tensor:
     """Orthogonal rotation that spreads every channel evenly over all others.
 
     Returns:
-        float64 of shape (channels, 2ⁿ) with the smallest 2ⁿ ≥ channels: the first rows of a Hadamard matrix over √2ⁿ. Dot
-        products stay what they are: (q R) · (k R) = q · k.
+        float64 of shape (channels, 2ⁿ) with the smallest 2ⁿ ≥ channels: the first rows of a Hadamard matrix over √2ⁿ.
+        Dot products stay what they are: (q R) · (k R) = q · k.
     """
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < channels:
@@ -157,6 +159,7 @@ def hadamard(channels: int) -> Tensor:
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """Stored values times their scale."""
     return values * scale
 
 

@@ -1,0 +1,1 @@
+"""The bundled model: code, weights, plan, and the story told with them."""

@@ -35,6 +35,10 @@ class DemoPipeline(DiffusionPipeline):
     """Generates clips in pixel space with a small Wan transformer; there is no VAE and no text encoder."""
 
     model_cpu_offload_seq = "conditioner->transformer"
+    transformer: Any
+    scheduler: Any
+    conditioner: Any
+    progress_bar: Any
 
     def __init__(
         self, transformer: WanTransformer3DModel, scheduler: FlowMatchEulerDiscreteScheduler, conditioner: Conditioner
@@ -98,7 +102,8 @@ class DemoPipeline(DiffusionPipeline):
         if len(generators) != clips:
             raise ValueError(f"{clips} prompts need one generator or {clips}; got {len(generators)}")
         drawn = [
-            torch.randn(shape, generator=one, device=one.device if one is not None else "cpu").cpu() for one in generators
+            torch.randn(shape, generator=one, device=one.device if one is not None else "cpu").cpu()
+            for one in generators
         ]
         return torch.stack(drawn)
 
@@ -107,7 +112,7 @@ def load_demo(device: str | torch.device = "cpu", dtype: torch.dtype = torch.flo
     """The bundled pipeline with its weights, ready to use."""
     transformer = WanTransformer3DModel.from_pretrained(MODEL / "transformer", torch_dtype=dtype)
     conditioner = Conditioner.from_pretrained(MODEL / "conditioner", torch_dtype=dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
     pipe = DemoPipeline(transformer, scheduler, conditioner).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -23,7 +23,7 @@ SLOTS = {
     "rear shape": SHAPES,
     "rear direction": DIRECTIONS,
 }
-VOCABULARY = ("",) + tuple(dict.fromkeys(word for words in SLOTS.values() for word in words))
+VOCABULARY = ("", *dict.fromkeys(word for words in SLOTS.values() for word in words))
 _WORD = {word: index for index, word in enumerate(VOCABULARY)}
 _OBJECT = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})")
 _SCENE = re.compile(rf"over (?:a |an |the )?({'|'.join(SCENES)})\b")
@@ -77,7 +77,9 @@ def prompt_of(words: tuple[str, ...]) -> str:
     """The sentence that `words_of` turns back into these words."""
     scene, camera, *objects = words
     named = [objects[i : i + 3] for i in (0, 3) if objects[i]]
-    shown = " and ".join(f"{_article(colour)} {colour} {shape} moving {direction}" for colour, shape, direction in named)
+    shown = " and ".join(
+        f"{_article(colour)} {colour} {shape} moving {direction}" for colour, shape, direction in named
+    )
     return f"{shown} over {scene}, camera {camera}"
 
 

@@ -126,7 +126,9 @@ def _pairs(pipe: Any, settings: DemoSettings, progress: Progress) -> list[Compar
     return list(evaluate(generate, prompts, (settings.seed,), dense=partial(dense, pipe)))
 
 
-def _numbers(plan: TransformerPlan, pairs: list[Comparison], seconds: dict[str, float], executed: dict) -> dict[str, Any]:
+def _numbers(
+    plan: TransformerPlan, pairs: list[Comparison], seconds: dict[str, float], executed: dict
+) -> dict[str, Any]:
     summary = summarise_metrics([pair.fidelity for pair in pairs])
     return {
         "density": plan.density,
@@ -152,8 +154,7 @@ def _note(plan: TransformerPlan, settings: DemoSettings) -> str:
     made = shipped.made["calibration"]
     return (
         f"This plan was made just now from one prompt, {settings.calibration_steps} steps and one query row in "
-        f"{settings.row_stride}. The plan that ships was made from {len(made['prompts'])} prompts, {made['steps']} steps "
-        f"and all rows, at density {shipped.density:.2f} with {len(shipped.phases)} phases. The two chose the same order for "
-        f"{sum(orders)} of {len(orders)} heads."
+        f"{settings.row_stride}. The plan that ships was made from {len(made['prompts'])} prompts, "
+        f"{made['steps']} steps and all rows, at density {shipped.density:.2f} with {len(shipped.phases)} phases. "
+        f"The two chose the same order for {sum(orders)} of {len(orders)} heads."
     )
-

@@ -34,8 +34,8 @@ def calibrate(
 ) -> Plan:
     """Make a plan for a pipeline from one or two prompts.
 
-    Every prompt is generated once, dense, on a short schedule. Statistics of prompts, guidance branches and the steps of
-    a phase are averaged: a block matters as much as it does on average, and one unusual prompt cannot take the budget.
+    Every prompt is generated once, dense, on a short schedule. Statistics of prompts, guidance branches and the steps
+    of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the budget.
 
     Args:
         pipe: A diffusers pipeline with a known transformer.
@@ -133,7 +133,9 @@ class _Collector:
                 )
             statistics = self.statistics.get(component)
             if statistics is None:
-                statistics = Statistics(type(transformer).__name__, *q.shape[2:], Layout(grid, text), self.settings)
+                heads, head_dim = q.shape[2:]
+                layout = Layout(grid, text)
+                statistics = Statistics(type(transformer).__name__, heads, head_dim, layout, self.settings)
                 self.statistics[component] = statistics
             statistics.add(layer, q, k, v, output_projection(attention, q.shape[2]), noise_level, block_stats)
             self.seen.add((self.prompt, round(noise_level, 5)))
@@ -143,7 +145,7 @@ class _Collector:
         return observe
 
 
-def output_projection(attention: nn.Module, heads: int) -> Tensor:
+def output_projection(attention: Any, heads: int) -> Tensor:
     """Output projection of each head, (H, D, channels)."""
     return attention.to_out[0].weight.detach().mT.unflatten(0, (heads, -1))
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def generate_clip(
-    pipe: Any, prompt: str, seed: int, *, steps: int | None = None, on_step: Callable[[], None] | None = None, **call: Any
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int | None = None,
+    on_step: Callable[[], None] | None = None,
+    **call: Any,
 ) -> Tensor:
     """Generate one clip.
 
@@ -30,7 +36,13 @@ def generate_clip(
 
 
 def run(
-    pipe: Any, prompt: str, seed: int, *, steps: int | None = None, on_step: Callable[[], None] | None = None, **call: Any
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int | None = None,
+    on_step: Callable[[], None] | None = None,
+    **call: Any,
 ) -> Any:
     """Call the pipeline with a seed; arguments it does not know are an error, except the output type."""
     known = inspect.signature(pipe.__call__).parameters

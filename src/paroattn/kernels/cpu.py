@@ -18,8 +18,8 @@ from torch.nn.functional import embedding
 from ..block_mask import BlockMask, blocks_of
 from ..precision import Precision
 
-SCORES_AT_ONCE = 2**20
-SHORTEST_SHARE = 15 / 16
+SCORES_AT_ONCE = 2**21
+SHORTEST_SHARE = 7 / 8
 SCHEDULES_PER_MASK = 4
 
 
@@ -116,18 +116,20 @@ def _attend(
     q = embedding(schedule.queries, q).unflatten(0, (-1, mask.block[0]))
     k, v = (embedding(schedule.keys, x).unflatten(0, (-1, mask.block[1])) for x in (k, v))
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2]) if return_lse else None
-    scratch = _Scratch(schedule.chunks, k, mask)
-    for chunk in schedule.chunks:
+    sizes = [(len(chunk.blocks), (chunk.last - chunk.first) * chunk.tokens) for chunk in schedule.chunks]
+    gathered = k.new_empty(max((blocks for blocks, _ in sizes), default=0), *k.shape[1:])
+    memory = k.new_empty(max((keys for _, keys in sizes), default=0) * mask.block[0])
+    for chunk, (_, keys) in zip(schedule.chunks, sizes, strict=True):
         pairs = slice(chunk.first, chunk.last)
-        keys, values = scratch.gather(k, v, chunk)
-        queries, result = (x[pairs].view(len(keys), -1, x.shape[-1]) for x in (q, out))
-        scores = scratch.scores_of(chunk).view(*queries.shape[:2], chunk.tokens)
-        torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=softmax_scale, out=scores)
+        stacked = 1 if chunk.head is not None else chunk.last - chunk.first
+        queries, result = (x[pairs].view(stacked, -1, x.shape[-1]) for x in (q, out))
+        scores = memory[: keys * mask.block[0]].view(stacked, -1, chunk.tokens)
+        torch.baddbmm(scores, queries, _keys_of(chunk, k, mask, gathered).mT, beta=0, alpha=softmax_scale, out=scores)
         for first, last, tokens in chunk.short:
             scores[first:last, :, tokens:] = -math.inf
         largest = None if lse is None else scores.amax(-1)
         torch.softmax(scores, -1, out=scores)
-        torch.bmm(scores, values, out=result)
+        torch.bmm(scores, _keys_of(chunk, v, mask, gathered), out=result)
         if lse is not None and largest is not None:  # the largest weight is 1 / Σ exp(s − largest)
             lse[pairs] = (largest - scores.amax(-1).log_()).view(-1, mask.block[0])
     computed = schedule.chunks[-1].last if schedule.chunks else 0
@@ -137,29 +139,16 @@ def _attend(
     return out.flatten(0, 1), None if lse is None else lse.flatten()
 
 
-class _Scratch:
-    """Memory that the chunks of a call share; fresh pages would cost as much as gathering into them."""
+def _keys_of(chunk: Chunk, x: Tensor, mask: BlockMask, gathered: Tensor) -> Tensor:
+    """K or V of a chunk, (pairs, tokens, D), or (1, tokens, D) if all pairs read the same.
 
-    def __init__(self, chunks: tuple[Chunk, ...], k: Tensor, mask: BlockMask):
-        blocks = max((len(chunk.blocks) for chunk in chunks), default=0)
-        self.keys, self.values = k.new_empty(2, blocks, *k.shape[1:])
-        self.rows, self.key_blocks = mask.block[0], mask.key_blocks
-        self.scores = k.new_empty(max(((c.last - c.first) * c.tokens * self.rows for c in chunks), default=0))
-
-    def scores_of(self, chunk: Chunk) -> Tensor:
-        return self.scores[: (chunk.last - chunk.first) * chunk.tokens * self.rows]
-
-    def gather(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """K and V of a chunk, (pairs, tokens, D), or (1, tokens, D) if all pairs read the same."""
-        if chunk.head is None:
-            pairs, parts = chunk.last - chunk.first, [x[: len(chunk.blocks)] for x in (self.keys, self.values)]
-            for source, target in zip((k, v), parts, strict=True):
-                torch.index_select(source, 0, chunk.blocks, out=target)
-        else:
-            whole = slice(chunk.head * self.key_blocks, (chunk.head + 1) * self.key_blocks)
-            pairs, parts = 1, [x[whole] for x in (k, v)]
-        keys, values = (x.view(pairs, -1, x.shape[-1])[:, : chunk.tokens] for x in parts)
-        return keys, values
+    K and V are gathered into the same memory one after the other: fresh pages would cost as much as the gather.
+    """
+    if chunk.head is not None:
+        return x[chunk.head * mask.key_blocks : (chunk.head + 1) * mask.key_blocks].flatten(0, 1)[None, : chunk.tokens]
+    part = gathered[: len(chunk.blocks)]
+    torch.index_select(x, 0, chunk.blocks, out=part)
+    return part.view(chunk.last - chunk.first, -1, x.shape[-1])[:, : chunk.tokens]
 
 
 def _make_schedule(mask: BlockMask, positions: Tensor, real: int) -> Schedule:

@@ -8,11 +8,11 @@
         lse  = m + ln rowsum p                   −∞ without any real key
 
 Quantised products change three lines. K's mean over tokens is subtracted first (softmax does not change; lse gets
-softmax_scale · q·k̄ back), and the channels of Q and K are rotated by a Hadamard matrix, which spreads outliers over all
-channels and leaves q·k as it is. Q gets one scale per token, K one per block (INT8, FP8) or per token (INT4), V one per
-channel. P, which is never negative, is stored unsigned, against each row's own maximum inside each key block: with b = max
-of s over row and block, p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8), 15 (INT4) or 448 (FP8). The
-denominator sums p̂, so the weights of a row always add up to one.
+softmax_scale · q·k̄ back), and the channels of Q and K are rotated by a Hadamard matrix, which spreads outliers over
+all channels and leaves q·k as it is. Q gets one scale per token, K one per block (INT8, FP8) or per token (INT4), V
+one per channel. P, which is never negative, is stored unsigned, against each row's own maximum inside each key block:
+with b = max of s over row and block, p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8), 15 (INT4) or
+448 (FP8). The denominator sums p̂, so the weights of a row always add up to one.
 """
 
 import math

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class TransformerPlan:
         if not self.layers or not self.phases:
             raise PlanError("a plan must have at least one layer and one phase")
         ends = [phase.lowest_noise for phase in self.phases]
-        if ends[-1] != 0 or any(high <= low for high, low in zip(ends, ends[1:], strict=False)):
+        if ends[-1] != 0 or any(high <= low for high, low in pairwise(ends)):
             raise PlanError(f"phases must end at falling noise levels, the last one at 0; got {ends}")
         for name, layer in self.layers.items():
             mask = layer.mask
@@ -132,9 +133,12 @@ class TransformerPlan:
             raise PlanError(f"the plan was made for {self.model_class}; this model is {model_class}. {remedy}")
         missing, unknown = sorted(set(layers) - set(self.layers)), sorted(set(self.layers) - set(layers))
         if missing or unknown:
-            name, side = (missing[0], "the model has it, the plan does not") if missing else (unknown[0], "the plan has it")
+            name, side = (
+                (missing[0], "the model has it, the plan does not") if missing else (unknown[0], "the plan has it")
+            )
             raise PlanError(
-                f"the plan has {len(self.layers)} layers and the model {len(layers)}; they differ at {name} ({side}). {remedy}"
+                f"the plan has {len(self.layers)} layers and the model {len(layers)}; "
+                f"they differ at {name} ({side}). {remedy}"
             )
         for name, (heads, head_dim) in layers.items():
             if (heads, head_dim) != (self.heads, self.head_dim):
@@ -201,7 +205,9 @@ class Plan(Mapping[str, TransformerPlan]):
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "plan")
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload attention plan").commit_url
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message="Upload attention plan"
+            ).commit_url
 
 
 def _write_component(plan: TransformerPlan, folder: Path) -> None:
@@ -237,14 +243,17 @@ def _read_component(folder: Path) -> TransformerPlan:
         raise PlanError(str(error)) from error
     version = described.get("format_version")
     if version != FORMAT_VERSION:
-        raise PlanError(f"{path} has plan format {version}; this paroattn reads format {FORMAT_VERSION}. Update paroattn.")
+        raise PlanError(
+            f"{path} has plan format {version}; this paroattn reads format {FORMAT_VERSION}. Update paroattn."
+        )
     try:
         blob = (folder / "plan.safetensors").read_bytes()
         found, expected = hashlib.sha256(blob).hexdigest(), described["tensors"]["sha256"]
         if found != expected:
             raise PlanError(
-                f"{folder / 'plan.safetensors'} has SHA-256 {found[:16]}…, but plan.json expects {str(expected)[:16]}…: "
-                "the file was cut short or changed. Fetch or make the plan again."
+                f"{folder / 'plan.safetensors'} has SHA-256 {found[:16]}…, "
+                f"but plan.json expects {str(expected)[:16]}…: the file was cut short or changed. "
+                "Fetch or make the plan again."
             )
         return _plan_from(described, load_tensors(blob))
     except PlanError as error:

@@ -1,11 +1,10 @@
 """Makes a plan from statistics: an order per head, then the blocks worth their time under one density.
 
-Budgets say what competes with what. "per_head": the blocks of one head in one phase, all at the same density. "global": all
-blocks of the model under one threshold. "layer_normalised": the same after dividing each layer's scores by its own output
-power, so that layers with large activations do not starve the others.
+Budgets say what competes with what. "per_head": the blocks of one head in one phase, all at the same density.
+"global": all blocks of the model under one threshold. "layer_normalised": the same after dividing each layer's scores
+by its own output power, so that layers with large activations do not starve the others.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -68,8 +67,9 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
     missing = [order for order in settings.orders if order not in statistics.settings.orders]
     if missing or not statistics.layers:
         raise ValueError(
-            f"the statistics must hold layers and the orders {', '.join(settings.orders)}; got {len(statistics.layers)} "
-            f"layers and {', '.join(statistics.settings.orders)}. Calibrate with these orders."
+            f"the statistics must hold layers and the orders {', '.join(settings.orders)}; "
+            f"got {len(statistics.layers)} layers and {', '.join(statistics.settings.orders)}. "
+            "Calibrate with these orders."
         )
     phases = phases_of(statistics.noise_levels, settings.phase_ends)
     chosen = {layer: choose_orders(statistics, layer, settings) for layer in statistics.layers}
@@ -144,7 +144,9 @@ def _select_together(
     """One threshold for all blocks; a block costs its phase's share of the steps."""
     ranked = {layer: score.scatter(-1, heaviest[layer][..., None], torch.inf) for layer, score in scores.items()}
     flat = torch.cat([score.flatten() for score in ranked.values()])
-    cost = torch.cat([(shares[:, None] / score[0].numel()).expand(-1, score[0].numel()).flatten() for score in ranked.values()])
+    cost = torch.cat(
+        [(shares[:, None] / score[0].numel()).expand(-1, score[0].numel()).flatten() for score in ranked.values()]
+    )
     order = flat.argsort(descending=True, stable=True)
     spent = cost[order].double().cumsum(0) / len(scores)
     kept = torch.zeros_like(flat, dtype=torch.bool)
