@@ -241,6 +241,7 @@ def _plan_settings(args: argparse.Namespace) -> Any:
         budget=args.budget,
         orders=tuple(args.orders),
         phase_ends=tuple(args.phase_ends or PHASE_ENDS),
+        precision=args.precision or PlanSettings.precision,
     )
 
 

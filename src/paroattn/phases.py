@@ -38,8 +38,7 @@ def phases_of(noise_levels: Sequence[float], ends: Sequence[float]) -> tuple[Pha
     """
     if not noise_levels or any(b >= a for a, b in pairwise(noise_levels)):
         raise ValueError(f"noise levels must fall from step to step; got {list(noise_levels)}")
-    if not ends or ends[-1] != 1 or ends[0] <= 0 or any(b <= a for a, b in pairwise(ends)):
-        raise ValueError(f"phases must end at rising shares of the steps, the last one at 1; got {list(ends)}")
+    check_ends(ends)
     steps = len(noise_levels)
     counts = list(dict.fromkeys(max(1, round(end * steps)) for end in ends))
     starts = [0, *counts[:-1]]
@@ -47,6 +46,16 @@ def phases_of(noise_levels: Sequence[float], ends: Sequence[float]) -> tuple[Pha
         Phase(0.0 if stop == steps else _between(noise_levels[stop - 1], noise_levels[stop]), (stop - start) / steps)
         for start, stop in zip(starts, counts, strict=True)
     )
+
+
+def check_ends(ends: Sequence[float]) -> None:
+    """Check the shares of the steps at which phases end.
+
+    Raises:
+        ValueError: If they do not rise from above 0 to 1.
+    """
+    if not ends or ends[-1] != 1 or ends[0] <= 0 or any(b <= a for a, b in pairwise(ends)):
+        raise ValueError(f"phases must end at rising shares of the steps, the last one at 1; got {list(ends)}")
 
 
 def phase_at(phases: Sequence[Phase], noise_level: float) -> int:

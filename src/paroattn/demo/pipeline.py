@@ -1,14 +1,15 @@
 """The bundled model as a diffusers pipeline: a prompt in, a clip of 16 frames out."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from .conditioner import Conditioner
@@ -110,12 +111,26 @@ class DemoPipeline(DiffusionPipeline):
 
 def load_demo(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DemoPipeline:
     """The bundled pipeline with its weights, ready to use."""
-    transformer = WanTransformer3DModel.from_pretrained(MODEL / "transformer", torch_dtype=dtype)
-    conditioner = Conditioner.from_pretrained(MODEL / "conditioner", torch_dtype=dtype)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
+    settings = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    with _quiet():
+        transformer = WanTransformer3DModel.from_pretrained(MODEL / "transformer", **settings)
+        conditioner = Conditioner.from_pretrained(MODEL / "conditioner", **settings)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
     pipe = DemoPipeline(transformer, scheduler, conditioner).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of diffusers' loader, which takes no time here."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def weights_sha256() -> str:

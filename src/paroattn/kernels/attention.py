@@ -169,8 +169,7 @@ def _check_order(table: Tensor | None, order: Tensor | None, q: Tensor) -> tuple
         return model[None], torch.zeros(heads, dtype=torch.int32, device=q.device)
     if not isinstance(table, Tensor) or not isinstance(order, Tensor):
         raise TypeError(
-            "table and order must both be tensors or both be None; "
-            f"got {type(table).__name__} and {type(order).__name__}"
+            f"table and order must both be tensors or both None; got {type(table).__name__} and {type(order).__name__}"
         )
     if table.dtype != torch.int32 or table.ndim != 2 or table.shape[1] != tokens:
         raise ValueError(
@@ -194,7 +193,7 @@ def _check_order_values(table: Tensor, order: Tensor) -> None:
         if len(wrong):
             raise ValueError(f"every row of table must hold each position once; got row {int(wrong[0])} that does not")
         _checked_tables[table] = True
-    if _checked_orders.get(order, math.inf) > len(table):
+    if order not in _checked_orders or _checked_orders[order] > len(table):
         lowest, highest = (int(x) for x in order.aminmax())
         if lowest < 0 or highest >= len(table):
             raise ValueError(f"order must name rows 0…{len(table) - 1} of table; got {lowest}…{highest}")
@@ -226,7 +225,10 @@ def _check_text(text_tokens: int, valid_text: Tensor | None, q: Tensor) -> Tenso
 def _heads_by_precision(precision: Any, q: Tensor) -> dict[Precision, list[int]]:
     heads = q.shape[2]
     names = OWN_PRECISION[q.dtype] if precision is None else precision
-    each = [names] * heads if isinstance(names, str | Precision) else list(names)
+    each = list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names] * heads
+    for name in each:
+        if not isinstance(name, str | Precision):
+            raise TypeError(f"precision must be a name, a Precision or one of them per head; got {type(name).__name__}")
     if len(each) != heads:
         raise ValueError(f"precision must be one name or one per head, {heads} of them; got {len(each)}")
     groups: dict[Precision, list[int]] = {}

@@ -90,8 +90,8 @@ def cpu_attention(
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:3]) if return_lse else None
     for element, real in enumerate([tokens] * batch if valid_tokens is None else valid_tokens.tolist()):
         schedule = schedule_of(mask, positions, real)
-        rows = (x[element].reshape(tokens * heads, -1) for x in (q, k, v))
-        values, logs = _attend(*rows, schedule, mask, softmax_scale, return_lse)
+        q_, k_, v_ = (x[element].reshape(tokens * heads, -1) for x in (q, k, v))
+        values, logs = _attend(q_, k_, v_, schedule, mask, softmax_scale, return_lse)
         out[element] = embedding(schedule.back, values).view(tokens, heads, -1)
         if lse is not None and logs is not None:
             lse[element] = logs[schedule.back].view(tokens, heads)

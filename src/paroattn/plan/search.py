@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..capture import Statistics
-from ..grid import ORDERS
-from ..phases import Phase, phase_at, phases_of
+from ..grid import ORDERS, check_order
+from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
 from .plan import LayerPlan, TransformerPlan
 from .scores import MASK_SCORES, ORDER_SCORES
@@ -50,6 +50,9 @@ class PlanSettings:
         for name, allowed in (("order_score", ORDER_SCORES), ("mask_score", MASK_SCORES), ("budget", BUDGETS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for order in self.orders:
+            check_order(order)
+        check_ends(self.phase_ends)
         Precision.parse(self.precision)
 
 

@@ -1,0 +1,134 @@
+"""The command line: every stage on the bundled model, and every wrong use before any work."""
+
+import json
+
+import pytest
+
+from paroattn.cli import main
+from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+
+FAST = ["--guidance-scale", "1", "--steps", "2"]
+
+
+def paro(*words) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(f"# calibration\n\n{CALIBRATION_PROMPTS[0]}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(prompts):
+    folder = prompts.parent / "plan"
+    assert paro("calibrate", "demo", "--prompts", prompts, "--density", 0.4, "--out", folder, "--row-stride", 16, *FAST) == 0
+    return folder
+
+
+def said(capsys) -> tuple[dict, str]:
+    captured = capsys.readouterr()
+    return json.loads(captured.out) if captured.out else {}, " ".join(captured.err.split())
+
+
+def test_calibrate_writes_statistics_and_the_plan_made_from_them(plan):
+    files = {str(path.relative_to(plan)) for path in plan.rglob("*") if path.is_file()}
+    assert files == {
+        "transformer/plan.json",
+        "transformer/plan.safetensors",
+        "statistics/transformer/statistics.json",
+        "statistics/transformer/statistics.safetensors",
+    }
+
+
+def test_plan_makes_another_density_without_the_model(plan, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("paroattn.demo.pipeline.load_demo", None)
+    assert paro("plan", plan, "--density", 0.2, "--out", tmp_path / "plan20", "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["density"] == pytest.approx(0.2, abs=1e-3)
+    assert "next: paro show" in words
+    assert paro("plan", tmp_path / "plan20", "--density", 0.3, "--out", tmp_path / "plan30", "--precision", "int8") == 0
+
+
+def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):
+    assert paro("show", plan, "--html", tmp_path / "plan.html", "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["grid"] == "16x13x18" and "density 0.400" in words and "blocks.4.attn1" in words
+    assert "<html" in (tmp_path / "plan.html").read_text()
+
+
+def test_generate_writes_a_clip_and_says_what_ran(plan, tmp_path, capsys):
+    out = tmp_path / "clip.gif"
+    assert paro("generate", "demo", "--plan", plan, "--prompt", EVALUATION_PROMPTS[0], "--out", out, "--json", *FAST) == 0
+    numbers, words = said(capsys)
+    assert out.stat().st_size > 1000
+    assert numbers["executed"]["transformer"]["calls"] == {"sparse": 2}
+    assert f"wrote {out}" in words and "next: paro evaluate" in words
+
+
+def test_evaluate_writes_a_report_and_numbers(plan, prompts, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert paro("evaluate", "demo", "--plan", plan, "--prompts", prompts, "--out", out, "--json", *FAST) == 0
+    numbers, _ = said(capsys)
+    assert json.loads((out / "results.json").read_text())["clips"] == numbers["clips"]
+    assert 10 < numbers["summary"]["psnr"]["mean"] < 60
+    assert CALIBRATION_PROMPTS[0] in (out / "report.html").read_text()
+
+
+def test_demo_tells_the_whole_story(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert paro("demo", "--out", out, "--clips", 1, "--steps", 1, "--calibration-steps", 1, "--json") == 0
+    numbers, words = said(capsys)
+    page = (out / "report.html").read_text()
+    assert "How this plan was made" in page and "The plan that ships" in page
+    assert numbers["density"] == pytest.approx(0.25, abs=1e-3) and (out / "plan" / "transformer" / "plan.json").is_file()
+    assert "against dense:" in words and "report.html" in words
+
+
+def _wrong_uses(prompts, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n# nothing\n")
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    (busy / "thesis.txt").write_text("mine")
+    out, some = tmp_path / "out", ["--prompt", EVALUATION_PROMPTS[0]]
+    return {
+        "at least one prompt": ["calibrate", "demo", "--prompts", empty, "--out", out],
+        "No such file": ["calibrate", "demo", "--prompts", tmp_path / "none.txt", "--out", out],
+        "above 0 and at most 1; got 0.0": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--density", 0],
+        "above 0 and at most 1; got 1.5": ["plan", busy, "--out", out, "--density", 1.5],
+        "holds something else": ["calibrate", "demo", "--prompts", prompts, "--out", busy],
+        "is a file": ["calibrate", "demo", "--prompts", prompts, "--out", empty],
+        "an order must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--orders", "FWX"],
+        "a block is written": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--block", "big"],
+        "budget must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--budget", "all"],
+        "phases must end": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--phase-ends", 0.5],
+        "steps must be 1 or more": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--steps", 0],
+        "precision must be": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--precision", "int5"],
+        "has no argument height": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--height", 64],
+        "neither demo, nor a diffusers model": ["calibrate", tmp_path / "model", "--prompts", prompts, "--out", out],
+        "holds no statistics": ["plan", busy, "--out", out],
+        "holds no plan": ["show", busy],
+        "neither a folder nor a plan": ["show", tmp_path / "missing"],
+        "--plan is needed": ["generate", "some/model", *some, "--out", tmp_path / "x.gif"],
+        "understands prompts like": ["generate", "demo", "--prompt", "a dragon", "--out", tmp_path / "x.gif", *FAST],
+        ".avi": ["generate", "demo", *some, "--out", tmp_path / "x.avi"],
+        "clips must be between": ["demo", "--out", out, "--clips", 0],
+    }
+
+
+def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, tmp_path, capsys):
+    for expected, words in _wrong_uses(prompts, tmp_path).items():
+        before = sorted(tmp_path.rglob("*"))
+        assert paro(*words) == 2, words
+        numbers, line = said(capsys)
+        assert expected in line and not numbers and "Traceback" not in line, (expected, line)
+        assert sorted(tmp_path.rglob("*")) == before, words
+
+
+def test_an_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        paro("paint")
+    assert "evaluate" in capsys.readouterr().err

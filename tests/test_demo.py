@@ -1,0 +1,170 @@
+"""The bundled model, its language, its plan and the numbers published about it."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import paroattn
+from paroattn.capture import CaptureSettings
+from paroattn.demo.pipeline import MODEL, PLAN, DemoPipeline, load_demo, weights_sha256
+from paroattn.demo.prompt import (
+    CALIBRATION_PROMPTS,
+    EVALUATION_PROMPTS,
+    SLOTS,
+    VOCABULARY,
+    ids_of,
+    prompt_of,
+    words_of,
+)
+from paroattn.integration.calibrate import collect
+from paroattn.plan.plan import Plan
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+PROMPT = EVALUATION_PROMPTS[0]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_demo()
+
+
+def clip(pipe, prompt=PROMPT, seed=3, **settings):
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0} | settings
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).frames
+
+
+# Language
+
+
+def test_every_sentence_made_of_known_words_is_understood():
+    choices = [words[:2] for words in SLOTS.values()]
+    for words in itertools.product(*choices):
+        assert words_of(prompt_of(words)) == words
+    one_object = ("coffee", "still", "red", "disc", "left", "", "", "")
+    assert words_of(prompt_of(one_object)) == one_object
+
+
+def test_capitals_articles_and_spaces_do_not_matter_and_the_camera_is_still_unless_told():
+    assert words_of("A  Red disc moving RIGHT over the astronaut") == words_of(
+        "a red disc moving right over astronaut, camera still"
+    )
+
+
+def test_an_empty_prompt_asks_for_nothing():
+    assert set(ids_of(words_of(""))) == {0} and VOCABULARY[0] == ""
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "a red disc over cat", "a pink disc moving left over cat", "red disc moving left"])
+def test_unknown_words_are_refused_with_all_known_ones(prompt):
+    with pytest.raises(ValueError, match=r"got '.*Scenes: astronaut, .*Cameras: still"):
+        words_of(prompt)
+
+
+def test_calibration_and_evaluation_prompts_differ():
+    assert len(set(EVALUATION_PROMPTS)) == len(EVALUATION_PROMPTS) == 16
+    assert not set(CALIBRATION_PROMPTS) & set(EVALUATION_PROMPTS)
+
+
+# Pipeline
+
+
+def test_the_model_is_small_and_its_grid_is_awkward_on_purpose(pipe):
+    parameters = sum(p.numel() for p in pipe.transformer.parameters())
+    assert parameters < 12e6
+    assert all(path.stat().st_size <= 15e6 for path in MODEL.rglob("*.safetensors"))
+    grid = Plan.from_pretrained(PLAN)["transformer"].grid
+    assert len(set(grid)) == 3 and grid.tokens >= 3000 and grid.tokens % 64 != 0
+
+
+def test_a_seed_fixes_the_clip_and_batches_do_not_mix(pipe):
+    first = clip(pipe)
+    assert first.shape == (1, 16, 3, 52, 72) and 0 <= first.min() < first.max() <= 1
+    generators = [torch.Generator().manual_seed(seed) for seed in (9, 3)]
+    both = pipe([EVALUATION_PROMPTS[1], PROMPT], generator=generators, num_inference_steps=2, guidance_scale=1.0).frames
+    torch.testing.assert_close(both[1], first[0], atol=1e-4, rtol=0)
+    assert not torch.equal(both[0], first[0])
+
+
+def test_guidance_latents_and_callbacks(pipe):
+    steps = []
+    raw = clip(pipe, output_type="latent", callback_on_step_end=lambda pipe, step, when, tensors: steps.append(step))
+    assert steps == [0, 1]
+    torch.testing.assert_close(raw.clamp(-1, 1) / 2 + 0.5, clip(pipe))
+    assert not torch.equal(clip(pipe, guidance_scale=3.0), clip(pipe))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"output_type": "pil"}, "pt or latent; got 'pil'"), ({"num_inference_steps": 0}, "1 or more; got 0")],
+)
+def test_arguments_out_of_range_are_refused(pipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        clip(pipe, **settings)
+
+
+def test_saved_and_loaded_again_it_makes_the_same_clip(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = DemoPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(clip(again), clip(pipe), atol=1e-4, rtol=0)
+
+
+# Plan and calibration
+
+
+def test_the_plan_that_ships_fits_and_runs_where_it_says(pipe):
+    plan = Plan.from_pretrained(PLAN)
+    dense = clip(pipe)
+    paroattn.apply(pipe, plan)
+    try:
+        sparse = clip(pipe)
+        report = paroattn.report(pipe)
+    finally:
+        paroattn.remove(pipe)
+    assert 0 < (sparse - dense).abs().mean() < 0.1
+    executed = report.to_dict()["transformer"]["density"]
+    assert executed == pytest.approx(float(plan["transformer"].phase_density()[[0, 2]].mean()), abs=0.02)
+    torch.testing.assert_close(clip(pipe), dense, atol=0, rtol=0)
+
+
+def test_calibration_measures_what_the_model_does_and_leaves_it_as_it_was(pipe):
+    before, seen = clip(pipe), []
+    plan = paroattn.calibrate(
+        pipe, PROMPT, density=0.4, steps=2, capture=CaptureSettings(row_stride=16, paper=False),
+        progress=seen.append, guidance_scale=1.0,
+    )["transformer"]  # fmt: skip
+    assert plan.density == pytest.approx(0.4, abs=1e-3)
+    assert len(plan.phases) == 2 and plan.made["calibration"]["prompts"] == [PROMPT]
+    assert seen[-1] == 1.0 and seen == sorted(seen)
+    assert next(iter(plan.layers.values())).precision[0][0] == "fp32"
+    assert torch.equal(clip(pipe), before)
+
+
+@pytest.mark.parametrize(("prompts", "message"), [([], "at least one prompt"), ([PROMPT, " "], "none of them empty")])
+def test_calibration_without_prompts_is_refused_before_the_model_runs(pipe, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        collect(pipe, prompts)
+
+
+def test_calibration_refuses_arguments_that_the_pipeline_does_not_know(pipe):
+    with pytest.raises(ValueError, match="DemoPipeline has no argument colour"):
+        collect(pipe, PROMPT, steps=1, colour="red")
+    assert not hasattr(pipe.transformer, "paroattn")
+
+
+# Published numbers
+
+
+def test_published_fidelity_belongs_to_the_weights_that_ship():
+    rows = json.loads((RESULTS / "fidelity_demo.json").read_text())["rows"]
+    assert {row["weights_sha256"] for row in rows} == {weights_sha256()}
+
+
+def test_tables_are_made_from_the_results():
+    import tables
+
+    for page in tables.PAGES:
+        text = (tables.ROOT / page).read_text()
+        assert tables.filled(text) == text, f"{page} is out of date: run python benchmarks/tables.py"
