@@ -111,7 +111,22 @@ def attention() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"fidelity": fidelity, "attention": attention}
+def numerics() -> str:
+    """Ingredients of the integer formats, cumulative from line to line within a product."""
+    rows = rows_of("numerics_cpu")
+    if not rows:
+        return "Not measured yet.\n"
+    found = {(row["product"], row["variant"], row["format"]): row for row in rows}
+    lines = []
+    for product, variant in dict.fromkeys((row["product"], row["variant"]) for row in rows):
+        cells = [found[product, variant, form] for form in ("int8", "int4")]
+        values = [f"{'**' * row['shipped']}{row['sqnr_db']:.1f}{'**' * row['shipped']}" for row in cells]
+        lines.append([f"{'Q·K' if product == 'QK' else 'P·V'}: {variant}", *values])
+    note = f"\nMean over {rows[0]['maps']} layers and steps; what ships is bold. {where(rows)}.\n"
+    return table(["signal to noise of the attention output, dB", "INT8", "INT4"], lines) + note
+
+
+TABLES: dict[str, Callable[[], str]] = {"fidelity": fidelity, "attention": attention, "numerics": numerics}
 
 
 def filled(page: str) -> str:

@@ -24,7 +24,10 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plan(prompts):
     folder = prompts.parent / "plan"
-    assert paro("calibrate", "demo", "--prompts", prompts, "--density", 0.4, "--out", folder, "--row-stride", 16, *FAST) == 0
+    assert (
+        paro("calibrate", "demo", "--prompts", prompts, "--density", 0.4, "--out", folder, "--row-stride", 16, *FAST)
+        == 0
+    )
     return folder
 
 
@@ -61,7 +64,9 @@ def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):
 
 def test_generate_writes_a_clip_and_says_what_ran(plan, tmp_path, capsys):
     out = tmp_path / "clip.gif"
-    assert paro("generate", "demo", "--plan", plan, "--prompt", EVALUATION_PROMPTS[0], "--out", out, "--json", *FAST) == 0
+    assert (
+        paro("generate", "demo", "--plan", plan, "--prompt", EVALUATION_PROMPTS[0], "--out", out, "--json", *FAST) == 0
+    )
     numbers, words = said(capsys)
     assert out.stat().st_size > 1000
     assert numbers["executed"]["transformer"]["calls"] == {"sparse": 2}
@@ -83,7 +88,9 @@ def test_demo_tells_the_whole_story(tmp_path, capsys):
     numbers, words = said(capsys)
     page = (out / "report.html").read_text()
     assert "How this plan was made" in page and "The plan that ships" in page
-    assert numbers["density"] == pytest.approx(0.25, abs=1e-3) and (out / "plan" / "transformer" / "plan.json").is_file()
+    assert (
+        numbers["density"] == pytest.approx(0.25, abs=1e-3) and (out / "plan" / "transformer" / "plan.json").is_file()
+    )
     assert "against dense:" in words and "report.html" in words
 
 

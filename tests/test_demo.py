@@ -57,7 +57,9 @@ def test_an_empty_prompt_asks_for_nothing():
     assert set(ids_of(words_of(""))) == {0} and VOCABULARY[0] == ""
 
 
-@pytest.mark.parametrize("prompt", ["a cat", "a red disc over cat", "a pink disc moving left over cat", "red disc moving left"])
+@pytest.mark.parametrize(
+    "prompt", ["a cat", "a red disc over cat", "a pink disc moving left over cat", "red disc moving left"]
+)
 def test_unknown_words_are_refused_with_all_known_ones(prompt):
     with pytest.raises(ValueError, match=r"got '.*Scenes: astronaut, .*Cameras: still"):
         words_of(prompt)
