@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paroattn import apply, remove
+from paroattn import apply, remove, report
 from paroattn.block_mask import BlockMask
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.demo.pipeline import STEPS, load_demo, weights_sha256
@@ -74,12 +74,15 @@ class Bench:
         self.pipe, self.steps, self.impl = load_demo(device), steps, impl
         self.prompts = EVALUATION_PROMPTS[:clips]
         self.dense: Tensor | None = None
+        self.executed = 1.0
 
     def clips(self, plan: TransformerPlan, precision: str) -> Tensor:
         generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index in range(len(self.prompts))]
         apply(self.pipe, Plan({"transformer": plan}), precision=precision, impl=self.impl)
         try:
-            return self.pipe(self.prompts, num_inference_steps=self.steps, generator=generators).frames.cpu() * 2 - 1
+            clips = self.pipe(self.prompts, num_inference_steps=self.steps, generator=generators).frames.cpu() * 2 - 1
+            self.executed = report(self.pipe).to_dict()["transformer"]["density"]
+            return clips
         finally:
             remove(self.pipe)
 
@@ -89,7 +92,7 @@ class Bench:
         pairs = [compare(dense, sparse) for dense, sparse in zip(self.dense, clips, strict=True)]
         psnr, ssim = summarise([pair.psnr for pair in pairs]), summarise([pair.ssim for pair in pairs])
         return {
-            "density_executed": round(plan.density, 5),
+            "density_executed": round(self.executed, 5),
             "precision": precision,
             "block": "x".join(map(str, plan.block)),
             "steps": self.steps,
@@ -152,7 +155,7 @@ def main() -> None:
         if args.statistics:
             statistics.save(args.statistics)
     print(f"statistics after {time.time() - began:.1f} s", flush=True)
-    about = environment() | {"weights_sha256": weights_sha256()}
+    about = environment(args.device) | {"weights_sha256": weights_sha256()}
     for row in rows(bench, statistics, args):
         merge(args.out, [row | about], KEY)
         print(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 
-def environment() -> dict[str, Any]:
-    """Date, device and versions, as every row has them."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Date, the device that ran, and versions, as every row has them."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
         "torch": torch.__version__.split("+")[0],
         "triton": None,
     }

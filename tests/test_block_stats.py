@@ -93,3 +93,10 @@ def test_leaving_out_the_papers_statistics_changes_nothing_else():
     )
     assert torch.equal(whole.mass, short.mass) and torch.equal(whole.error, short.error)
     assert short.incoherence.abs().sum() == 0 == short.sparse_share.sum()
+
+
+def test_a_stride_that_leaves_a_block_without_rows_is_refused():
+    layout = Layout(Grid(3, 4, 5))
+    q, k, v, w_o = _inputs(layout)
+    with pytest.raises(ValueError, match="row_stride must leave every query block of 8 tokens a row; got 40"):
+        block_stats(q, k, v, w_o, layout=layout, orders=ORDERS, block=(8, 8), row_stride=40)

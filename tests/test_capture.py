@@ -95,3 +95,11 @@ def test_damaged_statistics_are_refused(tmp_path):
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="must"):
         CaptureSettings(**bad)
+
+
+def test_statistics_that_would_not_fit_in_memory_are_refused_with_their_size():
+    layout = Layout(Grid(21, 45, 80))
+    with pytest.raises(
+        ValueError, match=r"below 16 GiB; 40 layers, 10 noise levels, 6 orders and 1182×1182 .* 999 GiB"
+    ):
+        Statistics("Model", 40, 128, layout, CaptureSettings()).check_size(40, 10)

@@ -25,7 +25,7 @@ def prompts(tmp_path_factory):
 def plan(prompts):
     folder = prompts.parent / "plan"
     assert (
-        paro("calibrate", "demo", "--prompts", prompts, "--density", 0.4, "--out", folder, "--row-stride", 16, *FAST)
+        paro("calibrate", "demo", "--prompts", prompts, "--density", 0.4, "--out", folder, "--row-stride", 8, *FAST)
         == 0
     )
     return folder
@@ -112,7 +112,6 @@ def _wrong_uses(prompts, tmp_path):
         "a block is written": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--block", "big"],
         "budget must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--budget", "all"],
         "phases must end": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--phase-ends", 0.5],
-        "steps must be 1 or more": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--steps", 0],
         "precision must be": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--precision", "int5"],
         "has no argument height": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--height", 64],
         "neither demo, nor a diffusers model": ["calibrate", tmp_path / "model", "--prompts", prompts, "--out", out],
@@ -123,6 +122,18 @@ def _wrong_uses(prompts, tmp_path):
         "understands prompts like": ["generate", "demo", "--prompt", "a dragon", "--out", tmp_path / "x.gif", *FAST],
         ".avi": ["generate", "demo", *some, "--out", tmp_path / "x.avi"],
         "clips must be between": ["demo", "--out", out, "--clips", 0],
+        "at most 1; got 2.0": ["demo", "--out", out, "--density", 2],
+        "steps must be 1 or more": ["demo", "--out", out, "--steps", 0],
+        "--dense runs without a plan": [
+            "generate",
+            "demo",
+            *some,
+            "--out",
+            tmp_path / "x.gif",
+            "--dense",
+            "--plan",
+            busy,
+        ],
     }
 
 
@@ -133,6 +144,20 @@ def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, tmp_
         numbers, line = said(capsys)
         assert expected in line and not numbers and "Traceback" not in line, (expected, line)
         assert sorted(tmp_path.rglob("*")) == before, words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", 0], "must be 1 or more; got 0"),
+        (["--fps", 0], "must be above 0; got 0"),
+        (["--height", -8], "got -8"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_parser(words, message, capsys):
+    with pytest.raises(SystemExit):
+        paro("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--out", "x.gif", *words)
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_command_names_the_known_ones(capsys):

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ HEADS = 5
 TEXTS = [TextSpan(), TextSpan(23, "prefix"), TextSpan(23, "suffix")]
 BLOCKS = [(16, 16), (32, 16), (16, 32), (64, 64)]
 NO_TEXT = TextSpan()
-SPOILT = torch.tensor([-1])
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +337,7 @@ def test_padding_is_never_read(precision):
         real[element, case.kernel_order(0)[:valid]] = True
     assert 0 < (~real).sum() < case.text_tokens * 2
     for x in case.qkv:
-        x[~real] = 1e4
+        x[~real] = math.nan if precision == "fp32" else 1e4
     after, lse_after = case.attention(precision=precision)
     assert torch.equal(before[real], after[real])
     assert torch.equal(lse.transpose(1, 2)[real], lse_after.transpose(1, 2)[real])
@@ -501,6 +501,42 @@ def test_the_implementation_follows_from_device_and_precision(dtype, precision, 
     assert (out.dtype, lse.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_threads_share_the_work_and_leave_pytorch_s_setting_alone(threads, mode):
+    case = Case(TEXTS[1], (16, 32), True, dtype=torch.float32)
+    alone = case.attention()
+    if mode is torch.no_grad:
+        case.q.requires_grad_()
+    cpu._threads.cache_clear()
+    torch.set_num_threads(threads)
+    with mode():
+        together = case.attention()
+    close(together[0], alone[0], 1e-6)
+    close(together[1], alone[1], 1e-6)
+    assert not together[0].requires_grad
+    elsewhere = []
+    thread = Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *elsewhere] == [threads] * 2
+    assert list(cpu._threads(threads).map(lambda _: torch.get_num_threads(), range(threads))) == [1] * threads
+
+
+def test_a_compiled_caller_breaks_its_graph_at_the_cpu_path_only():
+    case = Case(TEXTS[1], padded=True, dtype=torch.float32)
+    pieces = []
+
+    def recording(graph, inputs):
+        pieces.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(lambda: case.attention(return_lse=False) + 1, backend=recording)
+        close(compiled(), case.attention(return_lse=False) + 1, 1e-6)
+    assert len(pieces) == 2
+
+
 def test_the_schedule_of_a_mask_is_made_once_and_dies_with_it(monkeypatch):
     case, made, make = Case(TEXTS[1], padded=True, dtype=torch.float32), [], cpu._make_schedule
     monkeypatch.setattr(cpu, "_make_schedule", lambda *args: made.append(args[2]) or make(*args))
@@ -530,7 +566,8 @@ def test_orders_changed_in_place_count():
 def test_the_cpu_path_computes_hardly_more_than_the_kept_blocks(block):
     tokens = 700
     generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(HEADS, *(blocks_of(tokens, size) for size in block), generator=generator) < 0.25
+    kept = torch.rand(HEADS, *(blocks_of(tokens, size) for size in block), generator=generator)
+    kept = kept < torch.linspace(0.02, 0.9, HEADS)[:, None, None]
     kept[..., 0] = True
     mask = BlockMask.from_dense(kept, block)
     chunks = cpu.schedule_of(mask, torch.arange(tokens, dtype=torch.int32).expand(HEADS, -1), tokens).chunks
@@ -604,7 +641,7 @@ def refused(match: str, kind: type[Exception] = ValueError, **changes):
         ("the mask must be on cpu; got meta", {"mask": lambda mask: mask.to("meta")}),
         (r"table must be int32 of shape \(orders, 128\); got torch.int64", {"table": lambda table: table.long()}),
         (r"table must be .* got torch.int32 of shape \(7, 127\). Layout.table", {"table": lambda table: table[:, 1:]}),
-        ("each position once; got row 6 that does not", {"table": lambda x: x.clone().put_(SPOILT, x[0, :1])}),
+        ("each position once; got row 6 that does not", {"table": lambda x: torch.cat([x[:6], x[6:].clamp(1)])}),
         ("table must be on cpu; got meta", {"table": lambda table: table.to("meta")}),
         (r"order must be integers of shape \(5,\); got .* of shape \(4,\)", {"order": lambda order: order[:4]}),
         (r"order must be integers .* got torch.float32", {"order": lambda order: order.float()}),
@@ -649,6 +686,13 @@ def test_arguments_that_do_not_fit_are_refused(match, changes):
 )  # fmt: skip
 def test_arguments_of_another_type_are_refused(match, changes):
     refused(match, TypeError, **changes)
+
+
+def test_an_order_is_checked_again_for_a_shorter_table():
+    case = Case(dtype=torch.float32)
+    case.attention()
+    with pytest.raises(ValueError, match="order must name rows 0…5 of table; got 0…6"):
+        case.attention(table=case.table[:6].clone())
 
 
 def test_gradients_are_no_matter_where_none_are_recorded():

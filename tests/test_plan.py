@@ -144,7 +144,7 @@ def test_each_order_score_picks_the_order_it_says():
 def test_orders_outside_the_candidates_are_not_chosen():
     plan = make_plan(_statistics(), PlanSettings(0.5, orders=("FHW", "HWF")))
     assert {order for layer in plan.layers.values() for order in layer.orders} <= {"FHW", "HWF"}
-    with pytest.raises(ValueError, match="must hold layers and the orders"):
+    with pytest.raises(ValueError, match="must hold the orders FHW"):
         make_plan(_statistics(orders=("FHW",)), PlanSettings(0.5))
 
 
@@ -154,14 +154,32 @@ def test_orders_outside_the_candidates_are_not_chosen():
         {"density": 0},
         {"density": 1.01},
         {"density": -0.1},
+        {"orders": ()},
+        {"phase_ends": (0.5,)},
         {"order_score": "x"},
         {"mask_score": "paper"},
         {"budget": "x"},
     ],
 )
 def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must"):
         PlanSettings(**bad)
+
+
+def test_everything_is_kept_at_density_one():
+    generator = torch.Generator().manual_seed(0)
+    for ends in ((1 / 3, 1.0), (0.1, 0.3, 0.7, 1.0), (0.25, 0.5, 0.75, 1.0)):
+        statistics = _statistics(int(torch.randint(99, (), generator=generator)))
+        assert make_plan(statistics, PlanSettings(1.0, orders=ORDERS, phase_ends=ends)).density == 1.0
+
+
+def test_the_papers_score_and_no_reorder_refuse_statistics_that_lack_what_they_need():
+    statistics = _statistics()
+    statistics.settings = replace(statistics.settings, paper=False)
+    with pytest.raises(ValueError, match="paper=True"):
+        make_plan(statistics, PlanSettings(0.5, "paper", orders=ORDERS))
+    with pytest.raises(ValueError, match="must hold the orders HWF, FHW"):
+        make_plan(_statistics(orders=("HWF", "WFH")), PlanSettings(0.5, "none", orders=("HWF",)))
 
 
 # The file
@@ -271,6 +289,9 @@ def test_saving_fails_before_writing_where_it_must_not_or_cannot_write(tmp_path)
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="holds something else"):
         plan.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "transformer").mkdir()
+    with pytest.raises(FileExistsError, match=r"holds something else \(thesis\.txt\)"):
+        plan.save_pretrained(tmp_path / "mine")
     with pytest.raises(FileExistsError, match="is a file"):
         plan.save_pretrained(tmp_path / "mine" / "thesis.txt")
     with pytest.raises(PermissionError, match="cannot be written"):
@@ -281,7 +302,7 @@ def test_saving_fails_before_writing_where_it_must_not_or_cannot_write(tmp_path)
 def test_a_failure_while_writing_leaves_the_old_plan_and_nothing_half_written(tmp_path):
     folder = _saved(tmp_path)
     before = (folder / "transformer" / "plan.json").read_text()
-    with pytest.raises(KeyError), writing_folder(folder, "*/plan.json") as scratch:
+    with pytest.raises(KeyError), writing_folder(folder, ("transformer",)) as scratch:
         (scratch / "half").write_text("written")
         raise KeyError("the disk is full")
     assert (folder / "transformer" / "plan.json").read_text() == before

@@ -1,4 +1,4 @@
-"""Trains the bundled video model: python training/train.py --steps 5000 --out run/
+"""Trains the bundled video model: python training/train.py --out run/
 
 Flow matching on clips rendered on the fly. The same seed, steps and GPU give the same model; a killed run continues
 from its last checkpoint. Ends by writing the pipeline folder that ships inside the package and metrics.json beside
@@ -108,18 +108,21 @@ def train(args: argparse.Namespace) -> None:
     optims = optimizers(model, args.rate)
     generator = Generator(device).manual_seed(args.seed)
     checkpoint = args.out / "checkpoint.pt"
-    start = 0
+    settings = {name: getattr(args, name) for name in ("steps", "batch", "rate", "seed")}
+    start, log, before = 0, [], 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(f"{checkpoint} was made with {state['settings']}; got {settings}. Give another --out.")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optim, saved in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
         generator.set_state(state["generator"].cpu())
-        start = state["step"]
+        start, log, before = state["step"], state["log"], state["seconds"]
         print(f"continuing at step {start}")
     runner = torch.compile(model) if device.type == "cuda" and not args.eager else model
-    began, log = time.time(), []
+    began = time.time() - before
     for step in range(start, args.steps):
         words = draw_words(args.batch, generator)
         clips = render(words, photographs, CLIP, generator)
@@ -150,7 +153,17 @@ def train(args: argparse.Namespace) -> None:
                 "optims": [o.state_dict() for o in optims],
             }
             args.out.mkdir(parents=True, exist_ok=True)
-            torch.save(state | {"generator": generator.get_state(), "step": step + 1}, checkpoint.with_suffix(".tmp"))
+            torch.save(
+                state
+                | {
+                    "generator": generator.get_state(),
+                    "step": step + 1,
+                    "settings": settings,
+                    "log": log,
+                    "seconds": time.time() - began,
+                },
+                checkpoint.with_suffix(".tmp"),
+            )
             checkpoint.with_suffix(".tmp").rename(checkpoint)
     finish(average.module, photographs, args, log, time.time() - began)
 
@@ -181,7 +194,7 @@ def finish(model: Any, photographs: Tensor, args: argparse.Namespace, log: list[
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=5100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

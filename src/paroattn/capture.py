@@ -18,12 +18,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from .block_mask import parse_block
+from .block_mask import blocks_of, parse_block
 from .files import read_json, writing_folder
 from .grid import ORDERS, Grid, Layout, TextSpan, check_order
 
 FORMAT_VERSION = 1
 SAME_LEVEL = 5
+FILES = ("statistics.json", "statistics.safetensors")
+LARGEST = 16 * 2**30
 TENSORS = ("mass", "error", "sparse_share", "incoherence", "output_power")
 
 
@@ -109,6 +111,21 @@ class Statistics:
     layers: dict[str, dict[float, Sums]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
 
+    def check_size(self, layers: int, levels: int) -> None:
+        """Refuse before the model runs what would not fit in memory.
+
+        Raises:
+            ValueError: If statistics of so many layers and noise levels pass 16 GiB.
+        """
+        rows, columns = (blocks_of(self.layout.grid.tokens, size) for size in self.settings.block)
+        size = 2 * 4 * layers * levels * len(self.settings.orders) * self.heads * rows * columns
+        if size > LARGEST:
+            raise ValueError(
+                f"statistics must stay below {LARGEST / 2**30:.0f} GiB; {layers} layers, {levels} noise levels, "
+                f"{len(self.settings.orders)} orders and {rows}×{columns} blocks take {size / 2**30:.0f} GiB. "
+                "Take larger blocks, fewer orders or fewer steps."
+            )
+
     def add(
         self,
         layer: str,
@@ -166,7 +183,7 @@ class Statistics:
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the statistics as a folder, all of it or nothing."""
-        with writing_folder(folder, marker="statistics.json") as target:
+        with writing_folder(folder, FILES) as target:
             blob = save_tensors(dict(self._tensors()))
             (target / "statistics.safetensors").write_bytes(blob)
             described = {
@@ -208,7 +225,7 @@ class Statistics:
             if hashlib.sha256(blob).hexdigest() != described["tensors"]["sha256"]:
                 raise ValueError("statistics.safetensors was cut short or changed")
             return cls._from(described, load_tensors(blob))
-        except (KeyError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError, SafetensorError) as error:
             raise ValueError(f"the statistics in {folder} are damaged ({error}). Calibrate again.") from error
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:

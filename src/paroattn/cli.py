@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from typing import Any
 from . import __version__
 
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
-STATISTICS = "statistics"
-EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+REPORT_FOLDER = ("report.html", "results.json")
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `paro`; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.words = "paro " + shlex.join(argv)
     try:
         result = args.run(args)
     except EXPECTED_ERRORS as error:
@@ -37,72 +40,67 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
     """Run the whole story on the bundled model and write an HTML report."""
-    from .demo.story import MARKER, DemoSettings, run_demo
+    from .demo.story import FOLDER, REPORT, DemoSettings, run_demo
     from .files import check_writable
 
     given = {name: getattr(args, name) for name in ("density", "clips", "steps", "calibration_steps", "seed")}
     settings = DemoSettings(**{name: value for name, value in given.items() if value is not None})
-    check_writable(args.out, MARKER)
+    check_writable(args.out, FOLDER)
     with _stages() as stage:
-        numbers = run_demo(args.out, settings, stage)
+        numbers = run_demo(args.out, settings, stage, args.words)
     _say_summary(numbers["summary"], numbers["seconds"])
-    _end(args.out / MARKER, "open it in a browser, then try: paro generate demo --prompt "
+    _end(args.out / REPORT, "open it in a browser, then try: paro generate demo --prompt "
          '"a red disc moving right over coffee, camera pans left" --out clip.gif')  # fmt: skip
     return numbers
 
 
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
-    from .capture import CaptureSettings
-    from .files import check_writable, writing_folder
-    from .integration.calibrate import collect, own_precision
-    from .plan.plan import MARKER, Plan
-    from .plan.search import make_plan
+    from .files import check_writable
+    from .integration.calibrate import collect, needed_by, own_precision
+    from .plan.plan import FOLDER
 
     prompts = _prompts(args.prompts)
     settings = _plan_settings(args)
-    block = _block(args.block)
-    capture = CaptureSettings(orders=settings.orders, block=block, row_stride=args.row_stride)
-    check_writable(args.out, MARKER)
+    capture = needed_by(settings, block=_block(args.block), row_stride=args.row_stride)
+    check_writable(args.out, FOLDER)
     pipe = _pipeline(args)
     settings = replace(settings, precision=args.precision or own_precision(pipe))
-    with _stages() as stage, writing_folder(args.out, MARKER) as folder:
+    with _stages() as stage:
+        report = partial(stage, f"calibrating on {len(prompts)} prompts")
         measured = collect(
-            pipe, prompts, steps=args.steps, capture=capture, seed=args.seed,
-            progress=partial(stage, f"calibrating on {len(prompts)} prompts"), **_call(args),
-        )  # fmt: skip
-        plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
-        plan.write(folder)
-        for name, each in measured.items():
-            each.save(folder / STATISTICS / name)
-    _end(args.out, f"paro show {args.out}")
-    return _describe(plan)
+            pipe, prompts, steps=args.steps, capture=capture, seed=args.seed, progress=report, **_call(args)
+        )
+    return _write_plan(measured, settings, args.out)
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     """Make another plan from the statistics of a calibration, without running the model."""
-    from .capture import Statistics
-    from .files import check_writable, writing_folder
-    from .plan.plan import MARKER, Plan
-    from .plan.search import make_plan
+    from .files import check_writable
+    from .integration.calibrate import load_statistics
+    from .plan.plan import FOLDER, STATISTICS, Plan
 
     settings = _plan_settings(args)
-    check_writable(args.out, MARKER)
-    source = args.plan / STATISTICS
-    found = sorted(path.parent for path in source.glob("*/statistics.json"))
-    if not found:
-        raise ValueError(
-            f"{args.plan} holds no statistics: expected {STATISTICS}/transformer in it. Run paro calibrate."
-        )
-    precision = args.precision or Plan.from_pretrained(args.plan)["transformer"].made["settings"]["precision"]
-    settings = replace(settings, precision=precision)
-    with writing_folder(args.out, MARKER) as folder:
-        measured = {path.name: Statistics.load(path) for path in found}
-        plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
+    check_writable(args.out, FOLDER)
+    measured = load_statistics(args.plan / STATISTICS)
+    if not args.precision:
+        layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
+        settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
+    return _write_plan(measured, settings, args.out)
+
+
+def _write_plan(measured: dict[str, Any], settings: Any, out: Path) -> dict[str, Any]:
+    """Make a plan and write it with the statistics it was made from."""
+    from .files import writing_folder
+    from .integration.calibrate import save_statistics
+    from .plan.plan import FOLDER, STATISTICS, Plan
+    from .plan.search import make_plan
+
+    plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
+    with writing_folder(out, FOLDER) as folder:
         plan.write(folder)
-        for name, each in measured.items():
-            each.save(folder / STATISTICS / name)
-    _end(args.out, f"paro show {args.out}")
+        save_statistics(measured, folder / STATISTICS)
+    _end(out, f"paro show {out}")
     return _describe(plan)
 
 
@@ -132,6 +130,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from .plan.plan import Plan
 
     check_clip_path(args.out)
+    if args.dense and (args.plan or args.precision or args.allow_dense):
+        raise ValueError("--dense runs without a plan; leave out --plan, --precision and --allow-dense")
     plan = Plan.from_pretrained(_plan_of(args)) if not args.dense else None
     pipe = _pipeline(args)
     if plan is not None:
@@ -142,8 +142,10 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     executed = report(pipe) if plan is not None else None
     if executed is not None:
-        _console().print(str(executed), highlight=False)
-    _end(write_clip(frames, args.out, fps=args.fps), f"paro evaluate {args.model} --prompts prompts.txt --out report/")
+        _say(str(executed))
+    given = f" --plan {args.plan}" if args.plan else ""
+    following = f"paro evaluate {args.model}{given} --prompts prompts.txt --out report/"
+    _end(write_clip(frames, args.out, fps=args.fps), following)
     return {"out": str(args.out), "seconds": seconds, "executed": executed.to_dict() if executed else None}
 
 
@@ -157,11 +159,11 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from .plan.plan import Plan
 
     prompts = _prompts(args.prompts)
-    check_writable(args.out, "report.html")
+    check_writable(args.out, REPORT_FOLDER)
     plan = Plan.from_pretrained(_plan_of(args))
     pipe = _pipeline(args)
     apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
-    with writing_folder(args.out, "report.html") as folder, _steps(args, 2 * len(prompts)) as step:
+    with writing_folder(args.out, REPORT_FOLDER) as folder, _steps(args, 2 * len(prompts)) as step:
 
         def generate(prompt: str, seed: int) -> Any:
             return generate_clip(pipe, prompt, seed, steps=args.steps, on_step=step, **_call(args))
@@ -174,7 +176,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
             "summary": {name: each.to_dict() for name, each in summary.items()},
             "clips": [pair.record() for pair in pairs],
             "executed": executed.to_dict(),
-            "environment": environment(),
+            "environment": environment(pipe.device),
         }
         (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
         data = ReportData(
@@ -182,13 +184,16 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
             clips=pairs,
             plan=plan,
             execution={"layers": executed.rows()},
-            command="paro " + " ".join(sys.argv[1:]),
-            versions=environment(),
+            command=args.words,
+            versions=environment(pipe.device),
         )
         write_report(data, folder / "report.html")
     seconds = {"dense": sum(p.dense_seconds for p in pairs), "sparse": sum(p.sparse_seconds for p in pairs)}
     _say_summary(numbers["summary"], seconds)
-    _end(args.out / "report.html", f"paro plan {_plan_of(args)} --density 0.2 --out plan20/")
+    _end(
+        args.out / "report.html",
+        "open it in a browser; for other densities, paro plan PLAN --density 0.2 --out plan20/",
+    )
     return numbers
 
 
@@ -206,8 +211,11 @@ def _pipeline(args: argparse.Namespace) -> Any:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{args.model!r} is neither demo, nor a diffusers model folder or hub id: {error}") from error
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{args.model!r} is neither demo, nor a diffusers model folder or hub id that loads here: {error}. "
+            'Most pipelines need `pip install "paroattn[models]"`.'
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -241,7 +249,7 @@ def _plan_settings(args: argparse.Namespace) -> Any:
         budget=args.budget,
         orders=tuple(args.orders),
         phase_ends=tuple(args.phase_ends or PHASE_ENDS),
-        precision=args.precision or PlanSettings.precision,
+        precision=args.precision,
     )
 
 
@@ -337,32 +345,44 @@ def _stages() -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def _steps(args: argparse.Namespace, clips: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over the steps of all clips; the number of steps may be the pipeline's own and unknown."""
-    done = 0
-    with _stages() as stage:
+    """A progress bar over the steps of all clips; without a total while the number of steps is the pipeline's own."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-        def step() -> None:
-            nonlocal done
-            done += 1
-            total = clips * args.steps if args.steps else 0
-            stage(f"generating, step {done}" if not total else "generating", done / total if total else 0.0)
-
-        yield step
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console()) as progress:
+        task = progress.add_task("generating", total=clips * args.steps if args.steps else None)
+        yield lambda: progress.advance(task)
 
 
 def _say_summary(summary: dict[str, Any], seconds: dict[str, float]) -> None:
     psnr, ssim = summary["psnr"], summary["ssim"]
     quality = "identical" if psnr["mean"] is None else f"{psnr['mean']:.1f} dB PSNR (worst {psnr['lowest']:.1f})"
     speed = seconds["dense"] / seconds["sparse"]
-    _console().print(
+    _say(
         f"against dense: {quality}, SSIM {ssim['mean']:.3f}; "
-        f"{seconds['dense']:.1f} s dense, {seconds['sparse']:.1f} s sparse ({speed:.2f}×)",
-        highlight=False,
+        f"{seconds['dense']:.1f} s dense, {seconds['sparse']:.1f} s sparse ({speed:.2f}×)"
     )
 
 
 def _end(path: Path, following: str) -> None:
-    _console().print(f"wrote {path}\nnext: {following}", highlight=False, soft_wrap=True)
+    _say(f"wrote {path}\nnext: {following}")
+
+
+def _say(text: str) -> None:
+    _console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -388,26 +408,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more; got {text}")
+    return value
+
+
 def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("paro-demo"), help="folder to write (default: %(default)s)")
     sub.add_argument("--density", type=float, help="kept share of blocks of the plan it makes")
     sub.add_argument("--clips", type=int, help="pairs of clips to generate")
     sub.add_argument("--steps", type=int, help="inference steps of every clip")
     sub.add_argument("--calibration-steps", type=int, help="steps of the calibration run")
-    sub.add_argument("--seed", type=int, help="seed of the first clip")
+    sub.add_argument("--seed", type=int, help="seed of every clip")
 
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help='"demo" for the bundled model, or a diffusers model folder or hub id')
     sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: %(default)s)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="seed of the clips; calibration counts up from it (default: %(default)s)"
+    )
     sub.add_argument("--precision", help="such as int8, bf16 or int8/fp8 (default: the plan's, or the model's dtype)")
 
 
 def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line; one or two suffice")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    sub.add_argument("--steps", type=int, default=10, help="steps of the calibration schedule (default: %(default)s)")
+    sub.add_argument(
+        "--steps", type=_count, default=10, help="steps of the calibration schedule (default: %(default)s)"
+    )
     sub.add_argument("--block", default="64x64", help="query x key tokens of a block (default: %(default)s)")
     sub.add_argument("--row-stride", type=int, default=1, help="measure one query row in so many (default: all)")
 
@@ -440,7 +478,7 @@ def _show_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--plan", help="plan folder or hub id (default for demo: the plan that ships)")
-    sub.add_argument("--steps", type=int, help="inference steps (default: the pipeline's own)")
+    sub.add_argument("--steps", type=_count, help="inference steps (default: the pipeline's own)")
     sub.add_argument(
         "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
     )
@@ -449,7 +487,7 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
 def _generate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", required=True, help="what to show")
     sub.add_argument("--out", type=Path, required=True, help=".mp4, .gif, .webp or .png")
-    sub.add_argument("--fps", type=float, default=8.0, help="frames per second of the file (default: %(default)s)")
+    sub.add_argument("--fps", type=_positive, default=8.0, help="frames per second of the file (default: %(default)s)")
     sub.add_argument("--dense", action="store_true", help="dense attention, no plan")
 
 
@@ -460,7 +498,7 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _call_arguments(sub: argparse.ArgumentParser) -> None:
     for name in ("height", "width", "num-frames"):
-        sub.add_argument(f"--{name}", type=int, help="of the video (default: the pipeline's own)")
+        sub.add_argument(f"--{name}", type=_count, help="of the video (default: the pipeline's own)")
     sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
     sub.add_argument("--negative-prompt", help="for classifier-free guidance")
 

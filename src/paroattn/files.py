@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,37 +30,48 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def writing_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
+def writing_folder(folder: str | os.PathLike, holds: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder that takes `folder`'s name on success and vanishes on failure.
 
-    An existing folder is replaced only if it is empty or holds something that matches `marker`.
+    Args:
+        folder: The folder to write. One that exists is replaced if all it has are names in `holds`.
+        holds: Names of the files and folders that are written into it.
+
+    Raises:
+        FileExistsError, PermissionError: As `check_writable`, before anything is written.
     """
     final = Path(folder).absolute()
-    check_writable(final, marker)
+    check_writable(final, holds)
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        written = scratch / "new"
+        written, old = scratch / "new", scratch / "old"
         written.mkdir()
         yield written
         if final.exists():
-            final.rename(scratch / "old")
-        written.rename(final)
+            final.rename(old)
+        try:
+            written.rename(final)
+        except BaseException:
+            if old.exists():
+                old.rename(final)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_writable(folder: str | os.PathLike, marker: str) -> None:
+def check_writable(folder: str | os.PathLike, holds: Collection[str]) -> None:
     """Raise before any long work if `folder` cannot be written later.
 
     Raises:
-        FileExistsError: If it exists and holds something else than what `marker` matches.
+        FileExistsError: If it exists and has anything but names in `holds`.
         PermissionError: If it or its parent cannot be written.
     """
     final = Path(folder).absolute()
     if final.exists() and not final.is_dir():
         raise FileExistsError(f"{final} is a file; give the name of a folder to write")
-    if final.is_dir() and any(final.iterdir()) and not any(final.glob(marker)):
-        raise FileExistsError(f"{final} exists and holds something else; give another folder")
+    others = sorted(path.name for path in final.iterdir() if path.name not in holds) if final.is_dir() else []
+    if others:
+        raise FileExistsError(f"{final} holds something else ({others[0]}), which would be lost; give another folder")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writable.", dir=final.parent):

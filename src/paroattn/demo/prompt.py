@@ -25,9 +25,10 @@ SLOTS = {
 }
 VOCABULARY = ("", *dict.fromkeys(word for words in SLOTS.values() for word in words))
 _WORD = {word: index for index, word in enumerate(VOCABULARY)}
-_OBJECT = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})")
-_SCENE = re.compile(rf"over (?:a |an |the )?({'|'.join(SCENES)})\b")
-_CAMERA = re.compile(rf"camera (?:is )?({'|'.join(CAMERAS)})")
+_OBJECT = re.compile(rf"\b(?:an? |the )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) moving ({'|'.join(DIRECTIONS)})\b")
+_SCENE = re.compile(rf"\bover (?:a |an |the )?({'|'.join(SCENES)})\b")
+_CAMERA = re.compile(rf"\b(?:the )?camera (?:is )?({'|'.join(CAMERAS)})\b")
+_GLUE = re.compile(r"[\s,.]|\band\b")
 CALIBRATION_PROMPTS = (
     "a red disc moving right and a blue star moving up over coffee, camera pans left",
     "a yellow ring moving down and a green square moving left over the astronaut, camera zooms in",
@@ -63,7 +64,8 @@ def words_of(prompt: str) -> tuple[str, ...]:
         return ("",) * len(SLOTS)
     text = re.sub(r"\s+", " ", prompt.lower())
     objects, scene, camera = _OBJECT.findall(text), _SCENE.search(text), _CAMERA.search(text)
-    if not 1 <= len(objects) <= 2 or scene is None:
+    rest = _GLUE.sub("", _CAMERA.sub("", _SCENE.sub("", _OBJECT.sub("", text), count=1), count=1))
+    if not 1 <= len(objects) <= 2 or scene is None or rest:
         raise ValueError(
             f"the bundled model understands prompts like {_EXAMPLE!r}; got {prompt!r}. "
             f"Scenes: {', '.join(SCENES)}. Colours: {', '.join(COLOURS)}. Shapes: {', '.join(SHAPES)}. "

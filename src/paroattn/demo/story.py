@@ -24,7 +24,9 @@ from .pipeline import PLAN, load_demo
 from .prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 
 Progress = Callable[[str, float], None]
-MARKER = "report.html"
+REPORT = "report.html"
+FOLDER = (REPORT, "results.json", "plan")
+PROMPTS = (*EVALUATION_PROMPTS[1:], EVALUATION_PROMPTS[0])
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DemoSettings:
         steps: Inference steps of every clip.
         calibration_steps: Steps of the calibration run.
         row_stride: One query row in so many is measured.
-        seed: Of the first clip.
+        seed: Of every clip.
     """
 
     density: float = 0.25
@@ -50,27 +52,38 @@ class DemoSettings:
     def __post_init__(self):
         if not 1 <= self.clips <= len(EVALUATION_PROMPTS):
             raise ValueError(f"clips must be between 1 and {len(EVALUATION_PROMPTS)}; got {self.clips}")
+        if min(self.steps, self.calibration_steps) < 1:
+            raise ValueError(f"steps must be 1 or more; got {self.steps} and {self.calibration_steps} for calibration")
+        _ = self.plan, self.capture
+
+    @property
+    def plan(self) -> PlanSettings:
+        return PlanSettings(density=self.density)
+
+    @property
+    def capture(self) -> CaptureSettings:
+        return CaptureSettings(row_stride=self.row_stride, paper=False)
 
 
-def run_demo(out: Path, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
+def run_demo(out: Path, settings: DemoSettings, progress: Progress, command: str = "paro demo") -> dict[str, Any]:
     """Make `out` with the plan, the report and the numbers; returns the numbers.
 
     Args:
         out: Folder to write, all of it or nothing.
         settings: How long it takes.
         progress: Called with the name of the stage and the share of it that is done.
+        command: What the report says makes it again.
     """
-    with writing_folder(out, marker=MARKER) as folder:
+    with writing_folder(out, FOLDER) as folder:
         seconds: dict[str, float] = {}
         pipe = load_demo()
         with _timed(seconds, "calibration"):
-            capture = CaptureSettings(row_stride=settings.row_stride, paper=False)
             statistics = collect(
-                pipe, CALIBRATION_PROMPTS[:1], steps=settings.calibration_steps, capture=capture,
+                pipe, CALIBRATION_PROMPTS[:1], steps=settings.calibration_steps, capture=settings.capture,
                 progress=partial(progress, "calibrating on one prompt"),
             )["transformer"]  # fmt: skip
         with _timed(seconds, "planning"):
-            plan = make_plan(statistics, PlanSettings(density=settings.density))
+            plan = make_plan(statistics, settings.plan)
         Plan({"transformer": plan}).save_pretrained(folder / "plan")
         apply(pipe, Plan({"transformer": plan}))
         pairs = _pairs(pipe, settings, progress)
@@ -90,10 +103,10 @@ def run_demo(out: Path, settings: DemoSettings, progress: Progress) -> dict[str,
             execution={"layers": executed.rows()},
             timings=seconds,
             note=_note(plan, settings),
-            command="paro demo",
+            command=command,
             versions=environment(),
         )
-        write_report(data, folder / MARKER)
+        write_report(data, folder / REPORT)
         progress("writing the report", 1.0)
     return numbers
 
@@ -122,7 +135,7 @@ def _pairs(pipe: Any, settings: DemoSettings, progress: Progress) -> list[Compar
     def generate(prompt: str, seed: int) -> torch.Tensor:
         return generate_clip(pipe, prompt, seed, steps=settings.steps, on_step=step)
 
-    prompts = EVALUATION_PROMPTS[1 : settings.clips + 1]
+    prompts = PROMPTS[: settings.clips]
     return list(evaluate(generate, prompts, (settings.seed,), dense=partial(dense, pipe)))
 
 

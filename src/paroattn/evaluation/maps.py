@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from ..capture import Statistics
+from ..phases import phase_at
 from ..plan.plan import TransformerPlan
 from .report import AttentionMap
 
 
 def instructive_maps(statistics: Statistics, plan: TransformerPlan, count: int = 4) -> list[AttentionMap]:
-    """The heads that gain most from reordering, one for each chosen order first.
+    """The heads that gain most from reordering in the last phase, one for each chosen order first.
 
     Args:
         statistics: Of the calibration that the plan was made from, with "FHW" among its orders.
@@ -23,9 +24,10 @@ def instructive_maps(statistics: Statistics, plan: TransformerPlan, count: int =
 
 def _maps(statistics: Statistics, plan: TransformerPlan) -> Sequence[AttentionMap]:
     orders = statistics.settings.orders
-    maps = []
+    maps, last = [], len(plan.phases) - 1
+    levels = [level for level in statistics.noise_levels if phase_at(plan.phases, level) == last]
     for name, layer in plan.layers.items():
-        mass, kept = statistics.mean(name, "mass"), layer.mask.dense()[-1]
+        mass, kept = statistics.mean(name, "mass", levels), layer.mask.dense()[last]
         for head, order in enumerate(layer.orders):
             before, after = mass[orders.index("FHW"), head], mass[orders.index(order), head]
             maps.append(AttentionMap(name, head, order, before, after, kept[head]))

@@ -159,11 +159,13 @@ def draw_plan(plan: TransformerPlan, *, phase: int = 0) -> Image.Image:
     return canvas
 
 
-def environment() -> dict[str, str]:
-    """Versions, device and date, for a report's footer."""
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions, the device that ran, and the date, for a report's footer."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else f"CPU ({platform.machine()})",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "paroattn": __version__,

@@ -1,20 +1,24 @@
 """Makes a plan from a few prompts: runs the pipeline dense, feeds the capture, and plans."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..capture import CaptureSettings, Statistics
+from ..files import check_writable, writing_folder
 from ..grid import Grid, Layout, TextSpan
+from ..kernels.attention import OWN_PRECISION
 from ..kernels.block_stats import block_stats
 from ..plan.plan import COMPONENTS, Plan
 from ..plan.search import PlanSettings, make_plan
 from .apply import recording
 from .generate import run
+from .models import self_attentions
 
 STEPS = 10
 
@@ -23,11 +27,12 @@ def calibrate(
     pipe: Any,
     prompts: str | Sequence[str],
     *,
-    density: float = 0.25,
+    density: float | None = None,
     steps: int = STEPS,
     precision: str | None = None,
     capture: CaptureSettings | None = None,
     settings: PlanSettings | None = None,
+    statistics: str | os.PathLike | None = None,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
     **call: Any,
@@ -40,13 +45,14 @@ def calibrate(
     Args:
         pipe: A diffusers pipeline with a known transformer.
         prompts: Calibration prompts.
-        density: Kept video blocks over all, above 0 and at most 1.
+        density: Kept video blocks over all, above 0 and at most 1; that of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
-        precision: Precision of every head; the transformer's own dtype by default.
-        capture: What to measure.
-        settings: What else the plan should be; `density` and `precision` above take precedence.
+        precision: Precision of every head; that of `settings`, or the transformer's own dtype, by default.
+        capture: What to measure; what `settings` needs, on every query row, by default.
+        settings: What else the plan should be.
+        statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later.
         seed: Seed of the first prompt; the next ones count up.
-        progress: Called with the share of the work done, 0…1.
+        progress: Called with the share of the work done, 0…1; a progress bar by default.
         call: Passed on to the pipeline, such as height, width, num_frames, guidance_scale.
 
     Returns:
@@ -58,10 +64,44 @@ def calibrate(
     Source:
         PAROAttention (arXiv 2506.16054): static plans from one or two prompts; scores and budget are ours.
     """
-    precision = precision or own_precision(pipe)
-    settings = replace(settings or PlanSettings(), density=density, precision=precision)
-    statistics = collect(pipe, prompts, steps=steps, capture=capture, seed=seed, progress=progress, **call)
-    return Plan({name: make_plan(each, settings) for name, each in statistics.items()})
+    settings = settings or PlanSettings()
+    settings = replace(settings, precision=precision or settings.precision or own_precision(pipe))
+    settings = settings if density is None else replace(settings, density=density)
+    capture = capture or needed_by(settings)
+    settings.check_measured(capture)
+    if statistics is not None:
+        check_writable(statistics, COMPONENTS)
+    measured = collect(pipe, prompts, steps=steps, capture=capture, seed=seed, progress=progress, **call)
+    if statistics is not None:
+        save_statistics(measured, statistics)
+    return Plan({name: make_plan(each, settings) for name, each in measured.items()})
+
+
+def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
+    """The least that a calibration must measure for such a plan."""
+    orders = tuple(dict.fromkeys(("FHW", *settings.orders)))
+    return CaptureSettings(orders=orders, paper=settings.order_score == "paper", **changes)
+
+
+def save_statistics(measured: Mapping[str, Statistics], folder: str | os.PathLike) -> None:
+    """Write statistics as a folder with one sub-folder per transformer, all of it or nothing."""
+    with writing_folder(folder, COMPONENTS) as target:
+        for name, each in measured.items():
+            each.save(target / name)
+
+
+def load_statistics(folder: str | os.PathLike) -> dict[str, Statistics]:
+    """Read what `save_statistics` wrote.
+
+    Raises:
+        ValueError: If the folder holds no statistics, or damaged ones.
+    """
+    found = [name for name in COMPONENTS if (Path(folder) / name / "statistics.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no statistics: expected {COMPONENTS[0]}/statistics.json in it. Calibrate first."
+        )
+    return {name: Statistics.load(Path(folder) / name) for name in found}
 
 
 def collect(
@@ -84,10 +124,12 @@ def collect(
         raise ValueError(f"calibration needs at least one prompt, none of them empty; got {prompts}")
     if steps < 1:
         raise ValueError(f"steps must be 1 or more; got {steps}")
-    collector = _Collector(capture or CaptureSettings(), steps * len(prompts), progress)
+    transformers = transformers_of(pipe)
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
     with ExitStack() as stack:
-        for name, transformer in transformers_of(pipe).items():
+        report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
+        collector = _Collector(capture or CaptureSettings(), steps, len(prompts), report)
+        for name, transformer in transformers.items():
             stack.enter_context(recording(pipe, collector.observer(name), transformer=transformer))
         for index, prompt in enumerate(prompts):
             collector.prompt = index
@@ -98,25 +140,47 @@ def collect(
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers by component name."""
+    """The pipeline's transformers by component name.
+
+    Raises:
+        ValueError: If it has none.
+    """
     found = {name: getattr(pipe, name, None) for name in COMPONENTS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not modules:
+        raise ValueError(f"a pipeline with a {' or '.join(COMPONENTS)} is needed; got {type(pipe).__name__}")
+    return modules
 
 
 def own_precision(pipe: Any) -> str:
-    """The transformer's own dtype as a precision."""
-    names = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    dtype = next(iter(transformers_of(pipe).values())).dtype
-    if dtype not in names:
-        raise ValueError(f"the transformer's dtype must be one of {', '.join(map(str, names))}; got {dtype}")
-    return names[dtype]
+    """The transformer's own dtype as a precision.
+
+    Raises:
+        ValueError: If attention cannot run in that dtype.
+    """
+    transformer: Any = next(iter(transformers_of(pipe).values()))
+    if transformer.dtype not in OWN_PRECISION:
+        known = ", ".join(map(str, OWN_PRECISION))
+        raise ValueError(f"the transformer's dtype must be one of {known}; got {transformer.dtype}")
+    return OWN_PRECISION[transformer.dtype]
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error that takes the share of the work done, 0…1."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+        yield lambda done: progress.update(task, completed=done)
 
 
 class _Collector:
     """Turns recorded calls into statistics of each transformer."""
 
-    def __init__(self, settings: CaptureSettings, steps: int, progress: Callable[[float], None] | None):
-        self.settings, self.steps, self.progress = settings, steps, progress
+    def __init__(self, settings: CaptureSettings, steps: int, prompts: int, progress: Callable[[float], None]):
+        self.settings, self.steps, self.prompts, self.progress = settings, steps, prompts, progress
         self.statistics: dict[str, Statistics] = {}
         self.seen: set[tuple[int, float]] = set()
         self.prompt = 0
@@ -136,11 +200,11 @@ class _Collector:
                 heads, head_dim = q.shape[2:]
                 layout = Layout(grid, text)
                 statistics = Statistics(type(transformer).__name__, heads, head_dim, layout, self.settings)
+                statistics.check_size(len(self_attentions(transformer)), self.steps)
                 self.statistics[component] = statistics
             statistics.add(layer, q, k, v, output_projection(attention, q.shape[2]), noise_level, block_stats)
-            self.seen.add((self.prompt, round(noise_level, 5)))
-            if self.progress is not None:
-                self.progress(min(1.0, len(self.seen) / self.steps))
+            self.seen.add((self.prompt, noise_level))
+            self.progress(min(1.0, len(self.seen) / (self.steps * self.prompts)))
 
         return observe
 

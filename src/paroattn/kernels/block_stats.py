@@ -80,12 +80,13 @@ def block_stats(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     video = layout.table(orders).to(q.device).long()[:, : layout.grid.tokens]
     rows = _lattice(layout, row_stride, row_offset).to(q.device)
+    _check_sampled(video, rows, block[0], row_stride)
     root = _square_root(w_o.to(compute))
     maps = []
     for one_q, one_k, one_v in zip(*(x.to(compute).transpose(1, 2) for x in (q, k, v)), strict=True):
         sums = _Sums(video, q.shape[1], heads, block, compute, paper)
         queries, keys, values = one_q.mT * scale, F.pad(one_k, (0, 0, 0, 1)), F.pad(one_v @ root, (0, 0, 0, 1))
-        at_once = max(1, ELEMENTS_AT_ONCE[q.device.type] // (heads * one_q.shape[1]))
+        at_once = max(1, ELEMENTS_AT_ONCE.get(q.device.type, 2**24) // (heads * one_q.shape[1]))
         for chunk in rows.split(at_once):
             scores = keys @ queries[:, :, chunk]
             scores[:, -1] = -torch.inf
@@ -100,6 +101,13 @@ def _lattice(layout: Layout, stride: int, offset: int) -> Tensor:
     chosen = (frames[:, None, None] + height[:, None] + width) % stride == offset % stride
     start = layout.text.tokens if layout.text.side == "prefix" else 0
     return chosen.flatten().nonzero()[:, 0] + start
+
+
+def _check_sampled(video: Tensor, rows: Tensor, block: int, stride: int) -> None:
+    for columns in video:
+        sampled = torch.isin(columns, rows)
+        if not all(part.any() for part in sampled.split(block)):
+            raise ValueError(f"row_stride must leave every query block of {block} tokens a row; got {stride}")
 
 
 def _square_root(w_o: Tensor) -> Tensor:

@@ -2,25 +2,32 @@
 
 All pairs of a head and a query block are sorted by how many key tokens they keep and cut into chunks of nearly equal
 pairs. The kept blocks of K and V of a chunk are gathered, and one batched product, softmax and product serves all its
-pairs. Pairs that keep every block read K and V where they are.
+pairs. Pairs that keep every block read K and V where they are. Each thread works on chunks of its own: threads that
+share every small product wait for each other after it, and long if the machine has anything else to do.
 """
 
 import math
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, groupby
+from threading import Barrier
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from ..block_mask import BlockMask, blocks_of
 from ..precision import Precision
 
-SCORES_AT_ONCE = 2**21
+SCORES_AT_ONCE = 2**20
+CHUNKS_PER_THREAD = 8
 SHORTEST_SHARE = 7 / 8
 SCHEDULES_PER_MASK = 4
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,8 @@ class Schedule:
     Attributes:
         positions: Model position of each token in each head's order, (H, N): what the schedule was made for.
         real: Tokens before the padding in kernel order: what the schedule was made for.
-        queries: Row of each query, pair by pair, (pairs · query block,).
-        keys: Row of each key, head by head, (H · Nk · key block,).
-        back: Place in `queries` of each row, (N · H,).
+        queries: Row of each query, pair by pair, (pairs · query block,); a ragged block repeats its last.
+        keys: Row of each key, head by head, (H · Nk · key block,); padding repeats the last real one.
         chunks: All pairs that keep a real key; the pairs after them keep none.
     """
 
@@ -63,13 +69,13 @@ class Schedule:
     real: int
     queries: Tensor
     keys: Tensor
-    back: Tensor
     chunks: tuple[Chunk, ...]
 
 
 _schedules: "weakref.WeakKeyDictionary[BlockMask, list[Schedule]]" = weakref.WeakKeyDictionary()
 
 
+@torch.compiler.disable
 def cpu_attention(
     q: Tensor,
     k: Tensor,
@@ -85,16 +91,12 @@ def cpu_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention in float32: arguments and results of `reference_attention`, lse on request."""
     assert q.device.type == "cpu" and q.dtype == torch.float32 and str(precision) == "fp32"
-    batch, tokens, heads, _ = q.shape
     positions = table[order.long()]
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:3]) if return_lse else None
-    for element, real in enumerate([tokens] * batch if valid_tokens is None else valid_tokens.tolist()):
-        schedule = schedule_of(mask, positions, real)
-        q_, k_, v_ = (x[element].reshape(tokens * heads, -1) for x in (q, k, v))
-        values, logs = _attend(q_, k_, v_, schedule, mask, softmax_scale, return_lse)
-        out[element] = embedding(schedule.back, values).view(tokens, heads, -1)
-        if lse is not None and logs is not None:
-            lse[element] = logs[schedule.back].view(tokens, heads)
+    for index, real in enumerate([q.shape[1]] * len(q) if valid_tokens is None else valid_tokens.tolist()):
+        q_, k_, v_, out_ = (x[index].detach().reshape(-1, x.shape[-1]) for x in (q, k, v, out))
+        lse_ = None if lse is None else lse[index].view(-1)
+        _attend(q_, k_, v_, schedule_of(mask, positions, real), mask, softmax_scale, out_, lse_)
     return out, None if lse is None else lse.transpose(1, 2)
 
 
@@ -104,51 +106,123 @@ def schedule_of(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
     for schedule in known:
         if schedule.real == real and torch.equal(schedule.positions, positions):
             return schedule
-    known.append(_make_schedule(mask, positions, real))
+    made = _make_schedule(mask, positions, real)
+    known.append(made)
     del known[:-SCHEDULES_PER_MASK]
-    return known[-1]
+    return made
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, mask: BlockMask, softmax_scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of one batch element: out (pairs · query block, D), lse (pairs · query block,)."""
-    q = embedding(schedule.queries, q).unflatten(0, (-1, mask.block[0]))
-    k, v = (embedding(schedule.keys, x).unflatten(0, (-1, mask.block[1])) for x in (k, v))
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:2]) if return_lse else None
-    sizes = [(len(chunk.blocks), (chunk.last - chunk.first) * chunk.tokens) for chunk in schedule.chunks]
-    gathered = k.new_empty(max((blocks for blocks, _ in sizes), default=0), *k.shape[1:])
-    memory = k.new_empty(max((keys for _, keys in sizes), default=0) * mask.block[0])
-    for chunk, (_, keys) in zip(schedule.chunks, sizes, strict=True):
-        pairs = slice(chunk.first, chunk.last)
-        stacked = 1 if chunk.head is not None else chunk.last - chunk.first
-        queries, result = (x[pairs].view(stacked, -1, x.shape[-1]) for x in (q, out))
-        scores = memory[: keys * mask.block[0]].view(stacked, -1, chunk.tokens)
-        torch.baddbmm(scores, queries, _keys_of(chunk, k, mask, gathered).mT, beta=0, alpha=softmax_scale, out=scores)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    mask: BlockMask,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Compute one batch element; q, k, v and out are (N · H, D), lse is (N · H,)."""
+    key_blocks, value_blocks = torch.empty(2, len(schedule.keys) // mask.block[1], mask.block[1], q.shape[1])
+
+    def reorder(part: slice) -> None:
+        for source, target in ((k, key_blocks), (v, value_blocks)):
+            torch.index_select(source, 0, schedule.keys[part], out=target.flatten(0, 1)[part])
+
+    def attend(chunks: Iterator[Chunk]) -> None:
+        memory = _Memory(schedule.chunks, mask, q.shape[1])
+        for chunk in chunks:
+            rows = schedule.queries[chunk.first * mask.block[0] : chunk.last * mask.block[0]]
+            result, logs = memory.attend(
+                chunk, q.index_select(0, rows), key_blocks, value_blocks, softmax_scale, lse is not None
+            )
+            out.index_copy_(0, rows, result)
+            if lse is not None and logs is not None:
+                lse.index_copy_(0, rows, logs)
+
+    step = blocks_of(len(schedule.keys), torch.get_num_threads())
+    _in_every_thread(lambda parts: [reorder(part) for part in parts], _slices(len(schedule.keys), step))
+    _in_every_thread(attend, schedule.chunks)
+    computed = schedule.chunks[-1].last * mask.block[0] if schedule.chunks else 0
+    out.index_fill_(0, schedule.queries[computed:], 0)
+    if lse is not None:
+        lse.index_fill_(0, schedule.queries[computed:], -math.inf)
+
+
+class _Memory:
+    """What a thread needs for any of its chunks; fresh pages for each would cost as much as filling them."""
+
+    def __init__(self, chunks: tuple[Chunk, ...], mask: BlockMask, dim: int):
+        self.mask = mask
+        self.gathered = torch.empty(max((len(chunk.blocks) for chunk in chunks), default=0), mask.block[1], dim)
+        self.scores = torch.empty(max(((c.last - c.first) * c.tokens for c in chunks), default=0) * mask.block[0])
+
+    def attend(
+        self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Out (queries, D) and lse (queries,) of a chunk's queries (queries, D)."""
+        queries = q.view(1 if chunk.head is not None else chunk.last - chunk.first, -1, q.shape[1])
+        scores = self.scores[: len(q) * chunk.tokens].view(*queries.shape[:2], chunk.tokens)
+        torch.baddbmm(scores, queries, self.keys_of(chunk, k).mT, beta=0, alpha=softmax_scale, out=scores)
         for first, last, tokens in chunk.short:
             scores[first:last, :, tokens:] = -math.inf
-        largest = None if lse is None else scores.amax(-1)
+        largest = scores.amax(-1) if with_lse else None
         torch.softmax(scores, -1, out=scores)
-        torch.bmm(scores, _keys_of(chunk, v, mask, gathered), out=result)
-        if lse is not None and largest is not None:  # the largest weight is 1 / Σ exp(s − largest)
-            lse[pairs] = (largest - scores.amax(-1).log_()).view(-1, mask.block[0])
-    computed = schedule.chunks[-1].last if schedule.chunks else 0
-    out[computed:] = 0
-    if lse is not None:
-        lse[computed:] = -math.inf
-    return out.flatten(0, 1), None if lse is None else lse.flatten()
+        out = (scores @ self.keys_of(chunk, v)).view_as(q)
+        # the largest weight of a row is 1 / Σ exp(s − largest)
+        return out, None if largest is None else (largest - scores.amax(-1).log_()).flatten()
+
+    def keys_of(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """K or V of a chunk, (pairs, tokens, D), or (1, tokens, D) if all pairs read the same.
+
+        They are gathered into the same memory one after the other.
+        """
+        if chunk.head is not None:
+            first = chunk.head * self.mask.key_blocks
+            return x[first : first + self.mask.key_blocks].flatten(0, 1)[None, : chunk.tokens]
+        part = self.gathered[: len(chunk.blocks)]
+        torch.index_select(x, 0, chunk.blocks, out=part)
+        return part.view(chunk.last - chunk.first, -1, x.shape[-1])[:, : chunk.tokens]
 
 
-def _keys_of(chunk: Chunk, x: Tensor, mask: BlockMask, gathered: Tensor) -> Tensor:
-    """K or V of a chunk, (pairs, tokens, D), or (1, tokens, D) if all pairs read the same.
+def _in_every_thread(work: Callable[[Iterator[Item]], object], items: Iterable[Item]) -> None:
+    """Let as many threads as PyTorch may use take items from one iterator."""
+    count, shared, inference = torch.get_num_threads(), iter(items), torch.is_inference_mode_enabled()
 
-    K and V are gathered into the same memory one after the other: fresh pages would cost as much as the gather.
-    """
-    if chunk.head is not None:
-        return x[chunk.head * mask.key_blocks : (chunk.head + 1) * mask.key_blocks].flatten(0, 1)[None, : chunk.tokens]
-    part = gathered[: len(chunk.blocks)]
-    torch.index_select(x, 0, chunk.blocks, out=part)
-    return part.view(chunk.last - chunk.first, -1, x.shape[-1])[:, : chunk.tokens]
+    def share(_) -> None:
+        with torch.inference_mode(inference):
+            work(shared)
+
+    if count == 1:
+        work(shared)
+    else:
+        list(_threads(count).map(share, range(count)))
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch does not start further ones."""
+    ready = Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # makes this thread take the setting over before it is set back
+        ready.wait()
+
+    threads = ThreadPoolExecutor(count, "paroattn", start)
+    for _ in range(count):
+        threads.submit(int)
+    ready.wait()
+    torch.set_num_threads(count)
+    return threads
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, length, step)]
 
 
 def _make_schedule(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
@@ -160,16 +234,13 @@ def _make_schedule(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
     rows = positions.long() * heads + torch.arange(heads)[:, None]
     queries = rows[:, torch.arange(mask.query_blocks * query_block).clamp_max(tokens - 1)]
     keys = rows[:, torch.arange(mask.key_blocks * key_block).clamp_max(max(real - 1, 0))]
-    places = pairs.argsort()[:, None] * query_block + torch.arange(query_block)
-    back = torch.empty(heads * tokens, dtype=torch.long)
-    back[rows] = places.view(heads, -1)[:, :tokens]
 
+    scores = int(lengths.sum()) * query_block
+    at_once = min(SCORES_AT_ONCE, scores // (torch.get_num_threads() * CHUNKS_PER_THREAD))
     whole = torch.where(lengths == real, torch.arange(len(lengths)) // mask.query_blocks, -1)
-    chunks = _cut(lengths[pairs].tolist(), whole[pairs].tolist(), query_block)
-    return Schedule(
-        positions, real, queries.view(-1, query_block)[pairs].flatten(), keys.flatten(), back,
-        tuple(_chunk(*cut, blocks[pairs], key_block) for cut in chunks),
-    )  # fmt: skip
+    cuts = _cut(lengths[pairs].tolist(), whole[pairs].tolist(), at_once // query_block)
+    chunks = tuple(_chunk(*cut, blocks[pairs], key_block) for cut in cuts)
+    return Schedule(positions, real, queries.view(-1, query_block)[pairs].flatten(), keys.flatten(), chunks)
 
 
 def _kept_keys(mask: BlockMask, real: int) -> tuple[Tensor, Tensor]:
@@ -187,8 +258,17 @@ def _kept_keys(mask: BlockMask, real: int) -> tuple[Tensor, Tensor]:
     return counts[:, 0] * mask.block[1] - beyond, blocks + head[:, None] * mask.key_blocks
 
 
-def _cut(lengths: list[int], whole: list[int], query_block: int) -> Iterator[tuple[list[int], int, int]]:
-    """Cut pairs, sorted by falling length, into chunks: (lengths, first pair, head read in place or −1)."""
+def _cut(lengths: list[int], whole: list[int], most: int) -> Iterator[tuple[list[int], int, int]]:
+    """Cut pairs into chunks of at most `most` key tokens, or of one pair.
+
+    Args:
+        lengths: Key tokens of each pair, falling.
+        whole: The head of each pair that keeps all, else −1.
+        most: Sum of the longest pair's key tokens over the pairs of a chunk.
+
+    Yields:
+        Lengths of a chunk's pairs, its first pair and the head that it reads in place or −1.
+    """
     first, end = 0, len(lengths) - lengths.count(0)
     for pair in range(1, end + 1):
         longest = lengths[first]
@@ -196,7 +276,7 @@ def _cut(lengths: list[int], whole: list[int], query_block: int) -> Iterator[tup
             pair == end
             or whole[pair] != whole[first]
             or lengths[pair] < longest * SHORTEST_SHARE
-            or (pair - first + 1) * query_block * longest > SCORES_AT_ONCE
+            or (pair - first + 1) * longest > most
         ):
             yield lengths[first:pair], first, whole[first]
             first = pair

@@ -75,10 +75,10 @@ def reference_attention(
     real = None
     if valid_tokens is not None:
         real = (torch.arange(tokens, device=q.device) < valid_tokens[:, None])[:, None]  # (B, 1, N)
-        v_ = v_ * real[..., None]
+        k_, v_ = (x.masked_fill(~real[..., None], 0) for x in (k_, v_))
     smoothed = FORMATS[precision.qk].scaled
     if smoothed and real is not None:
-        q_ = q_ * real[..., None]
+        q_ = q_.masked_fill(~real[..., None], 0)
     mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
     k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
     q_hat, k_hat = _round_qk(q_, k_, mask.block[1], precision)
@@ -105,10 +105,10 @@ def reference_attention(
 
 
 def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over the real tokens, (B, H, 1, D)."""
+    """Mean over the real tokens, (B, H, 1, D); k is 0 on padding."""
     if real is None:
         return k.mean(2, keepdim=True)
-    return (k * real[..., None]).sum(2, keepdim=True) / real.sum(2).clamp_min(1)[..., None, None]
+    return k.sum(2, keepdim=True) / real.sum(2).clamp_min(1)[..., None, None]
 
 
 def _round_qk(q: Tensor, k: Tensor, key_block: int, precision: Precision) -> tuple[Tensor, Tensor]:

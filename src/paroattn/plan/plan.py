@@ -27,7 +27,8 @@ from ..precision import Precision
 
 FORMAT_VERSION = 1
 COMPONENTS = ("transformer", "transformer_2")
-MARKER = "*/plan.json"
+STATISTICS = "statistics"
+FOLDER = (*COMPONENTS, STATISTICS)
 
 
 class PlanError(ValueError):
@@ -172,7 +173,7 @@ class Plan(Mapping[str, TransformerPlan]):
             FileExistsError: If the folder exists and holds something other than a plan.
             PermissionError: If the folder cannot be written.
         """
-        with writing_folder(folder, marker=MARKER) as target:
+        with writing_folder(folder, FOLDER) as target:
             self.write(target)
         return Path(folder)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
-from ..capture import Statistics
+from ..capture import CaptureSettings, Statistics
 from ..grid import ORDERS, check_order
 from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
@@ -33,7 +33,7 @@ class PlanSettings:
         budget: Which blocks compete.
         orders: Candidate orders; the statistics must hold them.
         phase_ends: Shares of the calibration schedule's steps at which phases end.
-        precision: Precision of every head.
+        precision: Precision of every head. None: fp32, or the model's own dtype where it is known.
     """
 
     density: float = 0.25
@@ -42,7 +42,7 @@ class PlanSettings:
     budget: str = "layer_normalised"
     orders: tuple[str, ...] = ORDERS
     phase_ends: tuple[float, ...] = PHASE_ENDS
-    precision: str = "fp32"
+    precision: str | None = None
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -50,10 +50,28 @@ class PlanSettings:
         for name, allowed in (("order_score", ORDER_SCORES), ("mask_score", MASK_SCORES), ("budget", BUDGETS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not self.orders:
+            raise ValueError(f"candidate orders must be given; got {self.orders}")
         for order in self.orders:
             check_order(order)
         check_ends(self.phase_ends)
-        Precision.parse(self.precision)
+        Precision.parse(self.precision or "fp32")
+
+    def check_measured(self, capture: CaptureSettings) -> None:
+        """Check that a calibration measures all that this plan needs.
+
+        Raises:
+            ValueError: If an order or the paper's statistics are missing.
+        """
+        needed = (*self.orders, "FHW") if self.order_score == "none" else self.orders
+        missing = [order for order in needed if order not in capture.orders]
+        if missing:
+            raise ValueError(
+                f"the statistics must hold the orders {', '.join(needed)}; got {', '.join(capture.orders)}. "
+                "Calibrate with these orders."
+            )
+        if self.order_score == "paper" and not capture.paper:
+            raise ValueError("order_score paper needs what it was calibrated without; calibrate with paper=True")
 
 
 def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> TransformerPlan:
@@ -67,13 +85,9 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
         ValueError: If the statistics lack a candidate order or hold no layer.
     """
     settings = settings or PlanSettings()
-    missing = [order for order in settings.orders if order not in statistics.settings.orders]
-    if missing or not statistics.layers:
-        raise ValueError(
-            f"the statistics must hold layers and the orders {', '.join(settings.orders)}; "
-            f"got {len(statistics.layers)} layers and {', '.join(statistics.settings.orders)}. "
-            "Calibrate with these orders."
-        )
+    settings.check_measured(statistics.settings)
+    if not statistics.layers:
+        raise ValueError("the statistics must hold at least one layer; got none. Calibrate again.")
     phases = phases_of(statistics.noise_levels, settings.phase_ends)
     chosen = {layer: choose_orders(statistics, layer, settings) for layer in statistics.layers}
     scores = {layer: _phase_scores(statistics, layer, chosen[layer], phases, settings.mask_score) for layer in chosen}
@@ -81,7 +95,9 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
     if settings.budget == "layer_normalised":
         scores = {layer: score / _size(statistics, layer, settings.mask_score) for layer, score in scores.items()}
     select = _select_per_head if settings.budget == "per_head" else _select_together
-    masks = select(scores, heaviest, settings.density, torch.tensor([phase.share for phase in phases]))
+    masks = select(
+        scores, heaviest, settings.density, torch.tensor([phase.share for phase in phases], dtype=torch.float64)
+    )
     names = statistics.settings.orders
     return TransformerPlan(
         model_class=statistics.model_class,
@@ -95,7 +111,7 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
             layer: LayerPlan(
                 orders=tuple(names[index] for index in chosen[layer].tolist()),
                 mask=BlockMask.from_dense(masks[layer], statistics.settings.block),
-                precision=((settings.precision,) * statistics.heads,) * len(phases),
+                precision=((settings.precision or "fp32",) * statistics.heads,) * len(phases),
             )
             for layer in statistics.layers
         },
