@@ -1,8 +1,8 @@
 """Spans of the noise schedule that share one block mask.
 
 A noise level is σ for flow matching and √(1−ᾱ) for variance-preserving schedulers: 1 is pure noise, 0 is clean.
-Phases end at the levels that a calibration schedule reaches at given shares of its *steps*, so one plan serves any
-number of steps.
+Phases end midway between the two levels that a given share of the calibration schedule's *steps* separates, so one
+plan serves any number of steps.
 """
 
 from collections.abc import Sequence
