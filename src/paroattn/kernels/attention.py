@@ -1,6 +1,7 @@
 """The attention operation: checks its arguments, resolves precision and picks an implementation by a table."""
 
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .cpu import cpu_attention
 from .reference import reference_attention
 
 OWN_PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TRITON_FORMATS = {"qk": ("int8", "bf16", "fp16"), "pv": ("int8", "fp8", "bf16", "fp16")}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ def _reference(*args, return_lse: bool, **kwargs) -> tuple[Tensor, Tensor]:
     return reference_attention(*args, **kwargs)
 
 
+def _triton(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    try:
+        from .sparse import sparse_attention
+    except ImportError as error:
+        raise RuntimeError(
+            f"impl triton needs Triton 3.4 or newer; got {error}. pip install 'paroattn[gpu]'."
+        ) from error
+    return sparse_attention(*args, **kwargs)
+
+
+def _triton_usable(q: Tensor, precision: Precision) -> bool:
+    runs = q.device.type == "cuda" or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    formats = precision.qk in TRITON_FORMATS["qk"] and precision.pv in TRITON_FORMATS["pv"]
+    return runs and formats and q.dtype != torch.float64
+
+
 IMPLEMENTATIONS = {
     "cpu": Implementation(
         cpu_attention,
@@ -48,8 +66,14 @@ IMPLEMENTATIONS = {
         "float64 tensors for precision fp64",
         lambda q, precision: q.dtype == torch.float64 or "fp64" not in (precision.qk, precision.pv),
     ),
+    "triton": Implementation(
+        _triton,
+        "tensors on a GPU, not float64, and int8, bf16 or fp16 for Q·K with int8, fp8, bf16 or fp16 for P·V",
+        _triton_usable,
+    ),
 }
-"""In the order in which "auto" tries them."""
+AUTOMATIC = ("cpu", "reference")
+"""What "auto" tries, in this order."""
 
 _checked_tables = WeakTensorKeyDictionary()
 _checked_orders = WeakTensorKeyDictionary()
@@ -243,7 +267,7 @@ def _heads_by_precision(precision: Any, q: Tensor) -> dict[Precision, list[int]]
 def _choose(impl: str, precision: Precision, q: Tensor) -> Implementation:
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    names = list(IMPLEMENTATIONS) if impl == "auto" else [impl]
+    names = AUTOMATIC if impl == "auto" else [impl]
     for name in names:
         if IMPLEMENTATIONS[name].usable(q, precision):
             return IMPLEMENTATIONS[name]

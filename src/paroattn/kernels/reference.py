@@ -77,8 +77,6 @@ def reference_attention(
         real = (torch.arange(tokens, device=q.device) < valid_tokens[:, None])[:, None]  # (B, 1, N)
         k_, v_ = (x.masked_fill(~real[..., None], 0) for x in (k_, v_))
     smoothed = FORMATS[precision.qk].scaled
-    if smoothed and real is not None:
-        q_ = q_.masked_fill(~real[..., None], 0)
     mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
     k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
     q_hat, k_hat = _round_qk(q_, k_, mask.block[1], precision)

@@ -1,0 +1,170 @@
+"""Registers, spills and instructions of every kernel, without a GPU: python benchmarks/compile_report.py [--arch 90].
+
+Runs the launchers on small tensors with kernels that only note how they are called, compiles each call for each
+architecture and counts: registers and spilled bytes per thread, shared memory, and instructions that should be few:
+SHFL (row reductions only), I2F and F2I (conversions between integers and floats).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from paroattn.block_mask import BlockMask
+from paroattn.kernels import prepare, sparse
+from paroattn.precision import Precision
+from records import environment, merge
+
+OUT = Path(__file__).parent / "results" / "compile_report.json"
+KEY = ("kernel", "arch", "precision", "block", "head_dim", "dtype", "variant")
+ARCHES = (80, 89, 90)
+PRECISIONS = ("int8/fp8", "int8/int8", "int8/bf16", "bf16/int8", "bf16/bf16")
+BLOCKS = ("64x64", "64x128", "128x128")
+HEADS = (64, 128)
+COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}
+TOKENS = 304
+
+
+class Call:
+    """Stands in for a kernel and notes how it is launched."""
+
+    def __init__(self, kernel: Any, calls: list[tuple[Any, tuple, dict]]):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+@contextmanager
+def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
+    """Launch nothing inside; gives the list of what would have been launched on an architecture."""
+    calls: list[tuple[Any, tuple, dict]] = []
+    saved = []
+
+    def put(module: Any, name: str, value: Any) -> None:
+        saved.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    for module in (prepare, sparse):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            put(module, name, Call(getattr(module, name), calls))
+    put(sparse, "capability", lambda device: divmod(arch, 10))
+    try:
+        yield calls
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
+def launches(arch: int, precision: str, block: str, head_dim: int, dtype: str) -> list[tuple[Any, tuple, dict]]:
+    """All kernel launches of one attention call."""
+    q = torch.zeros(1, TOKENS, 1, head_dim, dtype=getattr(torch, dtype))
+    rows, columns = (int(size) for size in block.split("x"))
+    table, order = torch.arange(TOKENS, dtype=torch.int32)[None], torch.zeros(1, dtype=torch.int32)
+    with noted(arch) as calls:
+        sparse.sparse_attention(
+            q, q, q, table=table, order=order, mask=BlockMask.full(1, TOKENS, (rows, columns)), softmax_scale=0.1,
+            precision=Precision.parse(precision), return_lse=False,
+        )  # fmt: skip
+    return calls
+
+
+def compiled(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
+    """Compile one launch, specialised exactly as the launch would be."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+
+
+def counts(binary: Any) -> dict[str, int]:
+    """Registers, spilled bytes, shared memory and counted instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        text = _tool("nvdisasm", "-c", file.name)
+    used = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}  # pyright: ignore
+    found = {name: len(re.findall(pattern, text)) for name, pattern in COUNTED.items()}
+    return {"registers": used["REG"], "spilled_bytes": used["STACK"], "shared_bytes": binary.metadata.shared, **found}
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = getattr(knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def report(
+    arch: int, precision: str, block: str, head_dim: int, dtype: str, only_sparse: bool, known: set[Any]
+) -> list[dict[str, Any]]:
+    """One row per kernel of one configuration; those in `known` are left out, and the others put into it."""
+    rows = []
+    for kernel, args, kwargs in launches(arch, precision, block, head_dim, dtype):
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        values = (*args, *kwargs.values())
+        same = (arch, name, *(str(value.dtype if isinstance(value, torch.Tensor) else value) for value in values))
+        if same in known or (only_sparse and name != "sparse"):
+            continue
+        known.add(same)
+        variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else ""
+        tile = {key: kwargs[key] for key in ("num_warps", "num_stages", "ROWS", "DESCRIPTORS") if key in kwargs}
+        about = {"kernel": name, "arch": f"sm_{arch}", "precision": precision, "block": block, "head_dim": head_dim}
+        row = about | {"dtype": dtype, "variant": variant, **{key.lower(): value for key, value in tile.items()}}
+        rows.append(row | counts(compiled(kernel, args, kwargs, arch)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHES)
+    parser.add_argument("--only", nargs="+", default=PRECISIONS, help="precisions")
+    parser.add_argument("--block", nargs="+", default=BLOCKS)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEADS)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of q, k and v")
+    parser.add_argument("--sparse", action="store_true", help="the attention kernel only")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON lines and write no file")
+    options = parser.parse_args()
+    about = environment() | {"device": "none, compiled only", "triton": triton.__version__}
+    rows, known = [], set()
+    for arch, precision, block, head_dim in product(options.arch, options.only, options.block, options.head_dim):
+        if precision.endswith("fp8") and arch < 89:
+            continue
+        for row in report(arch, precision, block, head_dim, options.dtype, options.sparse, known):
+            rows.append(about | row)
+            print(json.dumps(row) if options.json else _line(row), flush=True)
+    if not options.json:
+        merge(OUT, rows, KEY)
+
+
+def _line(row: dict[str, Any]) -> str:
+    tile = " ".join(str(row.get(name, "")) for name in ("rows", "num_warps", "num_stages"))
+    tile += " tma" * row.get("descriptors", False)
+    about = (
+        f"{row['kernel']:7}{row['variant']:2}{row['arch']:6} {row['precision']:10} {row['block']:8} {row['head_dim']:4}"
+    )
+    return f"{about} {tile:12}" + "".join(
+        f" {name} {row[name]:<5}" for name in ("registers", "spilled_bytes", "shared_bytes", *COUNTED)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

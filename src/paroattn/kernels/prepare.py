@@ -1,0 +1,303 @@
+"""Operands of the block-sparse kernel: gathered into kernel order, rotated, quantised and, where 8-bit, transposed.
+
+    k̄, v_max = mean of K and largest |V| per channel over the real tokens           one pass over K and V
+    Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
+    K: (x − k̄) R → int8, one scale per key block
+    V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
+
+(x − k̄) R is computed as x R − k̄ R: 16-bit x and the signs of R are exact, so the product runs on matrix units.
+
+Renaming: an 8-bit left operand wants four neighbouring columns in a register where an accumulator holds two. The sparse
+kernel takes column 16 h + 8 g + 2 t + i of P for column 16 h + 4 t + 2 g + i; V's tokens are stored in that order.
+
+Layout: q, k and 16-bit v (B, H, tokens, D'), 8-bit v (B, H, D', tokens), D' = 64 or 128, tokens padded to whole blocks.
+Padding, of channels and of tokens, is 0. Grid: (token blocks, B·H). 16-bit operands are only gathered.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
+
+LOG2_E = 1.4426950408889634
+BIAS = 0x4B400000
+"""These bits plus s, read as float32, are 12582912 + s for every integer |s| < 2²²."""
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOKENS_PER_SUM = 1024
+TOKENS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the sparse kernel reads.
+
+    Attributes:
+        q: (B, H, query tokens, D').
+        k: (B, H, key tokens, D').
+        v: (B, H, D', key tokens) in 8 bits, else (B, H, key tokens, D').
+        q_scale: (B, H, query tokens) float32, softmax_scale · log2 e included; None for 16 bits.
+        k_scale: (B, H, key blocks) float32; None for 16 bits.
+        v_scale: (B, H, D') float32; None for 16 bits.
+        v_start: (B, H, key blocks, D') int32 for INT8: `BIAS` + 128 · sum of v over the block; else None.
+        shift: (B, H, query tokens) float32: softmax_scale · q·k̄, what smoothing took from lse; None if nothing.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    v_start: Tensor | None
+    shift: Tensor | None
+
+
+@triton.jit
+def _gather(x_ptr, stride_n, stride_d, position, real, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Tokens of one head, (tokens, D_PAD) in their own dtype; 0 where not real and in the padding channels."""
+    d = tl.arange(0, D_PAD)
+    offsets = position.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d
+    return tl.load(x_ptr + offsets, mask=real[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _round(x):
+    """Nearest integer of float32 |x| < 2²², ties to even, as int32."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _rotate(x, signs, ON_GPU: tl.constexpr):
+    """Multiply by ±1 on matrix units, with float32 as the sum of three bf16; the interpreter multiplies no bf16."""
+    if not ON_GPU:
+        return tl.dot(x.to(tl.float32), signs.to(tl.float32), input_precision="ieee")
+    elif x.dtype == tl.float32:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, signs, tl.dot(middle, signs, tl.dot(low, signs)))
+    else:
+        return tl.dot(x, signs)
+
+
+@triton.jit
+def _sum_kernel(
+    k_ptr, v_ptr, table_ptr, order_ptr, valid_ptr, sums_ptr, largest_ptr,
+    k_stride_b, k_stride_n, k_stride_h, k_stride_d,
+    v_stride_b, v_stride_n, v_stride_h, v_stride_d,
+    N, H, CHUNKS,
+    HAS_K: tl.constexpr, HAS_V: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Sum of K and largest |V| over one chunk of real tokens; grid (chunks, B·H)."""
+    chunk, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    valid = tl.load(valid_ptr + b)
+    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
+    sums = tl.zeros([STEP, D_PAD], tl.float32)
+    largest = tl.zeros([STEP, D_PAD], tl.float32)
+    for start in range(0, TOKENS, STEP):
+        n = chunk * TOKENS + start + tl.arange(0, STEP)
+        real = n < valid
+        position = tl.load(row_ptr + n, mask=real, other=0)
+        if HAS_K:
+            k = _gather(k_ptr + b * k_stride_b + h * k_stride_h, k_stride_n, k_stride_d, position, real, D, D_PAD)
+            sums += k.to(tl.float32)
+        if HAS_V:
+            v = _gather(v_ptr + b * v_stride_b + h * v_stride_h, v_stride_n, v_stride_d, position, real, D, D_PAD)
+            largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
+    place = (bh.to(tl.int64) * CHUNKS + chunk) * D_PAD + tl.arange(0, D_PAD)
+    tl.store(sums_ptr + place, tl.sum(sums, 0))
+    tl.store(largest_ptr + place, tl.max(largest, 0))
+
+
+@triton.jit
+def _finish_kernel(
+    sums_ptr, largest_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, v_scale_ptr,
+    H, CHUNKS, v_top, smallest, norm,
+    D_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Chunks → k̄, k̄ R and V's scales; grid (B·H,)."""
+    bh = tl.program_id(0).to(tl.int64)
+    chunk, d = tl.arange(0, CHUNKS_PAD), tl.arange(0, D_PAD)
+    place = (bh * CHUNKS + chunk)[:, None] * D_PAD + d[None, :]
+    there = (chunk < CHUNKS)[:, None]
+    real = tl.maximum(tl.load(valid_ptr + bh // H), 1).to(tl.float32)
+    mean = tl.sum(tl.load(sums_ptr + place, mask=there, other=0.0), 0) / real
+    largest = tl.max(tl.load(largest_ptr + place, mask=there, other=0.0), 0)
+    tl.store(mean_ptr + bh * D_PAD + d, mean)
+    tl.store(v_scale_ptr + bh * D_PAD + d, tl.maximum(largest / v_top, smallest))
+    signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :]).to(tl.float32)
+    tl.store(centre_ptr + bh * D_PAD + d, tl.sum(mean[:, None] * signs, 0) * norm)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
+    stride_b, stride_n, stride_h, stride_d,
+    N, H, factor, softmax_scale, smallest, norm,
+    ROTATE: tl.constexpr, IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of Q or K; grid (token blocks, B·H)."""
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    n, d = block * TOKENS + tl.arange(0, TOKENS), tl.arange(0, D_PAD)
+    limit = N
+    if ROTATE or IS_KEY:
+        limit = tl.load(valid_ptr + b).to(tl.int32)
+    real = n < limit
+    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
+    x = _gather(x_ptr + b * stride_b + h * stride_h, stride_n, stride_d, position, real, D, D_PAD)
+    rows = bh * tl.num_programs(0) * TOKENS + n
+    out = out_ptr + rows[:, None] * D_PAD + d[None, :]
+    if ROTATE:
+        signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :])
+        rotated = _rotate(x, signs, ON_GPU) * norm
+        if IS_KEY:
+            rotated = tl.where(real[:, None], rotated - tl.load(centre_ptr + bh * D_PAD + d)[None, :], 0.0)
+            scale = tl.maximum(tl.max(tl.max(tl.abs(rotated), 1), 0) / 127.0, smallest)
+            tl.store(out, _round(rotated * (1.0 / scale)).to(tl.int8))
+            tl.store(scale_ptr + bh * tl.num_programs(0) + block, scale)
+        else:
+            scale = tl.maximum(tl.max(tl.abs(rotated), 1) / 127.0, smallest)
+            tl.store(out, _round(rotated * (1.0 / scale)[:, None]).to(tl.int8))
+            tl.store(scale_ptr + rows, scale * factor)
+        if HAS_SHIFT:
+            mean = tl.load(mean_ptr + bh * D_PAD + d)
+            tl.store(shift_ptr + rows, tl.sum(x.to(tl.float32) * mean[None, :], 1) * softmax_scale)
+    else:
+        tl.store(out, x.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _values_kernel(
+    v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
+    stride_b, stride_n, stride_h, stride_d,
+    N, H,
+    STORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One key block of V; grid (key blocks, B·H)."""
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    place, d = tl.arange(0, TOKENS), tl.arange(0, D_PAD)
+    token = place
+    if STORED == "int8" or STORED == "fp8":  # 16 h + 4 t + 2 g + i holds token 16 h + 8 g + 2 t + i
+        token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)
+    n = block * TOKENS + token
+    real = n < tl.load(valid_ptr + b)
+    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
+    v = _gather(v_ptr + b * stride_b + h * stride_h, stride_n, stride_d, position, real, D, D_PAD)
+    tokens = tl.num_programs(0).to(tl.int64) * TOKENS
+    place = block * TOKENS + place
+    if STORED == "int8" or STORED == "fp8":
+        scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
+        out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + place[None, :]
+        if STORED == "int8":
+            rounded = _round(scaled)
+            tl.store(out, tl.trans(rounded.to(tl.int8)))
+            start = tl.sum(rounded, 0) * 128 + 0x4B400000
+            tl.store(start_ptr + (bh * tl.num_programs(0) + block) * D_PAD + d, start)
+        else:
+            tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
+    else:
+        out = out_ptr + (bh * tokens + place)[:, None] * D_PAD + d[None, :]
+        tl.store(out, v.to(out_ptr.dtype.element_ty))
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    table: Tensor,
+    order: Tensor,
+    valid: Tensor,
+    block: tuple[int, int],
+    precision: Precision,
+    softmax_scale: float,
+    with_shift: bool,
+) -> Operands:
+    """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
+
+    Args:
+        q, k, v: (B, N, H, D) in the model's order, any strides, D ≤ 128.
+        table: Gather tables (orders, N), int32.
+        order: Row of `table` for each head, (H,).
+        valid: (B,) int: keys from this kernel position on are padding.
+        block: Tokens of a query block and of a key block.
+        precision: Formats of the two products.
+        softmax_scale: Factor on q·k.
+        with_shift: Return `shift`, which lse needs.
+    """
+    batch, tokens, heads, channels = q.shape
+    d_pad = 64 if channels <= 64 else 128
+    smoothed, scaled = FORMATS[precision.qk].scaled, FORMATS[precision.pv].scaled
+    query_blocks, key_blocks = triton.cdiv(tokens, block[0]), triton.cdiv(tokens, block[1])
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
+
+    order_args = {"table_ptr": table, "order_ptr": order, "valid_ptr": valid, "N": tokens, "H": heads}
+    sizes = {"D": channels, "D_PAD": d_pad}
+    constants = {"smallest": SMALLEST_SCALE, "norm": d_pad**-0.5}
+    signs = _signs(d_pad, q.dtype, q.device)
+    mean, centre, v_scale = (empty(d_pad) for _ in range(3))
+    if smoothed or scaled:
+        chunks = triton.cdiv(tokens, TOKENS_PER_SUM)
+        sums, largest = empty(chunks, d_pad), empty(chunks, d_pad)
+        _sum_kernel[(chunks, batch * heads)](
+            k, v, sums_ptr=sums, largest_ptr=largest, **order_args, **_strides(k, "k_"), **_strides(v, "v_"),
+            CHUNKS=chunks, HAS_K=smoothed, HAS_V=scaled, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE,
+        )  # fmt: skip
+        _finish_kernel[(batch * heads,)](
+            sums, largest, valid, signs, mean, centre, v_scale, heads, chunks,
+            FORMATS[precision.pv].highest or 1.0, **constants, D_PAD=d_pad, CHUNKS_PAD=triton.next_power_of_2(chunks),
+        )  # fmt: skip
+
+    shift = empty(query_blocks * block[0]) if smoothed and with_shift else None
+
+    def rows(x: Tensor, blocks: int, size: int, is_key: bool) -> tuple[Tensor, Tensor | None]:
+        out = empty(blocks * size, d_pad, dtype=STORED[precision.qk])
+        scale = empty(blocks if is_key else blocks * size) if smoothed else None
+        _rows_kernel[(blocks, batch * heads)](
+            x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, out_ptr=out, scale_ptr=scale,
+            shift_ptr=None if is_key else shift, **order_args, **_strides(x), **constants,
+            factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, ROTATE=smoothed, IS_KEY=is_key,
+            HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
+            **sizes, TOKENS=size, num_warps=_warps(size, d_pad),
+        )  # fmt: skip
+        return out, scale
+
+    q_, q_scale = rows(q, query_blocks, block[0], is_key=False)
+    k_, k_scale = rows(k, key_blocks, block[1], is_key=True)
+    shape = (d_pad, key_blocks * block[1]) if scaled else (key_blocks * block[1], d_pad)
+    v_ = empty(*shape, dtype=STORED[precision.pv])
+    v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
+    _values_kernel[(key_blocks, batch * heads)](
+        v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **order_args, **_strides(v),
+        STORED=precision.pv, **sizes, TOKENS=block[1], num_warps=_warps(block[1], d_pad),
+    )  # fmt: skip
+    return Operands(q_, k_, v_, q_scale, k_scale, v_scale if scaled else None, v_start, shift)
+
+
+def _warps(tokens: int, channels: int) -> int:
+    """Enough warps to hold a block in registers twice."""
+    return 8 if tokens * channels > 64 * 128 else 4
+
+
+def _strides(x: Tensor, name: str = "") -> dict[str, int]:
+    return {f"{name}stride_{axis}": x.stride(i) for i, axis in enumerate("bnhd")}
+
+
+@cache
+def _signs(d_pad: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Hadamard matrix as ±1, in bf16 for float32 tensors."""
+    return hadamard(d_pad).sign().to(device, torch.bfloat16 if dtype == torch.float32 else dtype)

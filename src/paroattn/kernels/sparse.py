@@ -1,0 +1,393 @@
+"""Block-sparse attention over prepared operands, one program per (tile of query rows, head, batch element).
+
+    for each query row of a tile, in base 2 (scales carry log2 e):
+        m, total, acc = −∞, 0, 0                running maximum, sum of weights, output
+        for each kept key block j:              from a list made of the packed bits; dropped blocks are never read
+            s = q k_jᵀ                          INT8: the accumulator starts at BIAS and is read as a float
+            b = rowmax s · scale
+            m' = max(m, b)
+            8-bit p:   p̂ = round(exp2(s · scale − b) · top)     stored against the block's own maximum
+                       total = total · exp2(m − m') + rowsum p̂ · exp2(b − m')
+                       acc = acc · exp2(m − m') + p̂ v_j · exp2(b − m')
+            16-bit p:  p = exp2(s · scale − m'), total and acc as usual
+        out = acc / total · v_scale             lse = (m + log2 (total / top)) ln 2 + softmax_scale · q·k̄
+
+INT8 p̂ is unsigned, 0…255: the product runs on p̂ − 128 and starts at BIAS + 128 · sum of v over the block.
+
+The key block in which the real tokens end is the only one that is masked; it comes last. Blocks after it are not read.
+
+Layout: operands of `prepare`; out (B, N, H, D) and lse (B, H, N) in the model's token order. Grid: tiles one after the
+other, densest head first, all batch elements of a head together, and its longest rows first.
+Not handled: head dimensions above 128, formats other than int8, fp8 (P·V only), bf16 and fp16.
+"""
+
+import weakref
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..block_mask import BlockMask
+from ..precision import Precision
+from .prepare import INTERPRETED, LOG2_E, Operands, prepare
+
+BLOCKS = tuple(product((64, 128), repeat=2))
+LARGEST_HEAD = 128
+LOWEST_CAPABILITY = {"int8": (8, 0), "fp16": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program is compiled.
+
+    Attributes:
+        rows: Query rows of a program, at most a query block.
+        warps: Warps of a program.
+        stages: Key blocks in flight.
+        descriptors: Load K and V through tensor descriptors (TMA) instead of pointers.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+TILES = {
+    # (from capability, format of P·V, D'). The 8-bit ones from (9, 0), fp8 at 128 aside, were fastest on an H200 for a
+    # kernel with P against the running maximum; the others only avoid spills. Re-measure on a GPU.
+    ((9, 0), "fp8", 128): Tile(64, 4, 3),
+    ((9, 0), "int8", 128): Tile(64, 4, 2, descriptors=True),
+    ((9, 0), "half", 128): Tile(128, 8, 2),
+    ((9, 0), "fp8", 64): Tile(64, 4, 3, descriptors=True),
+    ((9, 0), "int8", 64): Tile(64, 4, 3),
+    ((9, 0), "half", 64): Tile(64, 4, 3),
+    ((8, 0), "fp8", 128): Tile(128, 8, 2),
+    ((8, 0), "int8", 128): Tile(128, 8, 2),
+    ((8, 0), "half", 128): Tile(128, 8, 2),
+    ((8, 0), "fp8", 64): Tile(64, 4, 2),
+    ((8, 0), "int8", 64): Tile(64, 4, 2),
+    ((8, 0), "half", 64): Tile(64, 4, 2),
+}
+# (10, 0) and above have no wgmma either
+TILES |= {((10, 0), *key): tile for (lowest, *key), tile in TILES.items() if lowest == (8, 0)}
+"""The highest capability that the GPU has wins."""
+
+_launch_orders: "weakref.WeakKeyDictionary[BlockMask, Tensor]" = weakref.WeakKeyDictionary()
+
+
+@triton.jit
+def _exp2(x, ASSEMBLY: tl.constexpr):
+    """2ˣ without the code for denormals that `tl.exp2` adds."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _rename(p, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Columns 16 h + 8 g + 2 t + i → 16 h + 4 t + 2 g + i: what a thread has accumulated is what it multiplies next."""
+    p = tl.reshape(p, [ROWS, KEYS // 32, 2, 2, 4, 2])
+    return tl.reshape(tl.permute(p, (0, 1, 2, 4, 3, 5)), [ROWS, KEYS])
+
+
+@triton.jit
+def _key_block(
+    j, m, total, acc, q, q_scale, k_ref, k_scale_ptr, v_ref, v_start_ptr, k_row, v_row, v_stride, scale_row, limit,
+    QK: tl.constexpr, PV: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, ON_GPU: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: m, total and acc after key block j."""
+    n, d = tl.arange(0, KEYS), tl.arange(0, D_PAD)
+    first = j * KEYS
+    if DESCRIPTORS:
+        k = k_ref.load([k_row + first, 0])
+    else:
+        k = tl.load(k_ref + (first + n)[:, None] * D_PAD + d[None, :])  # (KEYS, D_PAD)
+    if QK == "int8":
+        start = tl.full([ROWS, KEYS], 0x4B400000, tl.int32)
+        s = tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+        scale = q_scale * tl.load(k_scale_ptr + scale_row + j)  # (ROWS,)
+        offset = 12582912.0
+    else:
+        s = tl.dot(q, tl.trans(k).to(q.dtype))
+        scale = q_scale
+        offset = 0.0
+    if MASKED:
+        s = tl.where((first + n)[None, :] < limit, s, float("-inf"))
+    top = tl.max(s, 1)
+    highest = (top - offset) * scale
+    new = tl.maximum(m, highest)
+    old_share = _exp2(m - new, ON_GPU)
+    if PV == "int8":
+        origin = -(top * scale)
+        unit = 255.0 * _exp2(-tl.fma(top, scale, origin), ON_GPU)  # undoes what rounding did to origin
+        p = _exp2(tl.fma(s, scale[:, None], origin[:, None]), ON_GPU)
+        bits = tl.fma(p, unit[:, None], 12582784.0).to(tl.int32, bitcast=True)  # + BIAS − 128: the low byte is p̂ − 128
+        added = (tl.sum(bits, 1) - KEYS * 0xFF80) & 0xFFFF  # the sum of p̂, whatever wrapped around
+        added = (added | 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+        p = _rename(bits.to(tl.int8), ROWS, KEYS)
+    elif PV == "fp8":
+        p = _exp2(tl.fma(s, scale[:, None], 8.807354922057604 - (top * scale)[:, None]), ON_GPU)  # log2 448
+        p = p.to(tl.float8e4nv)
+        added = tl.sum(p.to(tl.float32), 1)
+        p = _rename(p, ROWS, KEYS)
+    else:
+        p = _exp2(tl.fma(s, scale[:, None], -(new + offset * scale)[:, None]), ON_GPU)
+        added = tl.sum(p, 1)
+    if PV == "half":
+        if DESCRIPTORS:
+            v = v_ref.load([v_row + first, 0])
+        else:
+            v = tl.load(v_ref + (first + n)[:, None] * D_PAD + d[None, :])  # (KEYS, D_PAD)
+        p = p.to(v.dtype)
+        if ON_GPU:
+            acc = tl.dot(p, v, acc * old_share[:, None])
+        else:  # the interpreter multiplies no bf16
+            acc = tl.dot(p.to(tl.float32), v.to(tl.float32), acc * old_share[:, None], input_precision="ieee")
+        total = total * old_share + added
+    else:
+        if DESCRIPTORS:
+            v = v_ref.load([v_row, first])
+        else:
+            v = tl.load(v_ref + d[:, None] * v_stride + (first + n)[None, :])  # (D_PAD, KEYS)
+        share = _exp2(highest - new, ON_GPU)
+        if PV == "int8":
+            start = tl.load(v_start_ptr + (scale_row + j) * D_PAD + d)
+            start = tl.broadcast_to(start[None, :], [ROWS, D_PAD])
+            pv = tl.dot(p, tl.trans(v), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+            acc = acc * old_share[:, None] + (pv * share[:, None] - (12582912.0 * share)[:, None])
+        else:
+            acc = acc * old_share[:, None] + tl.dot(p, tl.trans(v)) * share[:, None]
+        total = total * old_share + added * share
+    return new, total, acc
+
+
+@triton.jit
+def _sparse_kernel(
+    q_ptr, k_ref, v_ref, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_start_ptr, shift_ptr,
+    lists_ptr, counts_ptr, bits_ptr, tiles_ptr, table_ptr, order_ptr, valid_ptr, out_ptr, lse_ptr,
+    B, N, H, ROW_BLOCKS, KEY_BLOCKS, BYTES, q_scale,
+    QK: tl.constexpr, PV: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ON_GPU: tl.constexpr, PLAIN_DOT: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of out and lse; grid (H · B · query blocks · tiles per query block,)."""
+    part, pair = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    tile = tl.load(
+        tiles_ptr + pair // (ROW_BLOCKS * B) * ROW_BLOCKS + pair % ROW_BLOCKS
+    )  # head · row blocks + row block
+    b, h = pair // ROW_BLOCKS % B, tile // ROW_BLOCKS
+    bh = (b * H + h).to(tl.int64)
+    d = tl.arange(0, D_PAD)
+    rows = ((tile % ROW_BLOCKS) * SPLIT + part) * ROWS + tl.arange(0, ROWS)
+    q_rows = bh * ROW_BLOCKS * SPLIT * ROWS + rows
+    q = tl.load(q_ptr + q_rows[:, None] * D_PAD + d[None, :])
+    if PLAIN_DOT:
+        q = q.to(tl.float32)
+    if QK == "int8":
+        row_scale = tl.load(q_scale_ptr + q_rows)
+    else:
+        row_scale = tl.full([ROWS], q_scale, tl.float32)
+
+    scale_row = bh * KEY_BLOCKS
+    v_stride = KEY_BLOCKS * KEYS
+    if DESCRIPTORS:
+        k, k_row = k_ref, (bh * v_stride).to(tl.int32)
+        v, v_row = v_ref, (bh * v_stride if PV == "half" else bh * D_PAD).to(tl.int32)
+    else:
+        k, k_row = k_ref + bh * v_stride * D_PAD, 0
+        v, v_row = v_ref + bh * v_stride * D_PAD, 0
+
+    m = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    list_ptr = lists_ptr + tile.to(tl.int64) * KEY_BLOCKS
+    count = tl.load(counts_ptr + b.to(tl.int64) * H * ROW_BLOCKS + tile)
+    for i in range(count):
+        j = tl.load(list_ptr + i).to(tl.int32)
+        m, total, acc = _key_block(
+            j, m, total, acc, q, row_scale, k, k_scale_ptr, v, v_start_ptr, k_row, v_row, v_stride, scale_row, 0,
+            QK, PV, False, DESCRIPTORS, ON_GPU, ROWS, KEYS, D_PAD,
+        )  # fmt: skip
+    valid = tl.load(valid_ptr + b).to(tl.int32)
+    j = valid // KEYS
+    if valid % KEYS > 0:
+        if (tl.load(bits_ptr + tile.to(tl.int64) * BYTES + j // 8).to(tl.int32) >> (j % 8)) & 1 > 0:
+            m, total, acc = _key_block(
+                j, m, total, acc, q, row_scale, k, k_scale_ptr, v, v_start_ptr, k_row, v_row, v_stride, scale_row,
+                valid,
+                QK, PV, True, DESCRIPTORS, ON_GPU, ROWS, KEYS, D_PAD,
+            )  # fmt: skip
+
+    out = acc * (1.0 / tl.maximum(total, 1e-30))[:, None]
+    if PV == "int8" or PV == "fp8":
+        out *= tl.load(v_scale_ptr + bh * D_PAD + d)[None, :]
+    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + rows, mask=rows < N, other=0)
+    out_rows = (b.to(tl.int64) * N + position) * H + h
+    inside = (rows < N)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + out_rows[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    if HAS_LSE:
+        unit = 7.994353436858858 if PV == "int8" else 8.807354922057604 if PV == "fp8" else 0.0
+        lse = (m + tl.log2(tl.maximum(total, 1e-30)) - unit) * 0.6931471805599453
+        if HAS_SHIFT:
+            lse += tl.load(shift_ptr + q_rows)
+        tl.store(lse_ptr + bh * N + position, tl.where(total > 0, lse, float("-inf")), mask=rows < N)
+
+
+@triton.jit
+def _lists_kernel(
+    bits_ptr, valid_ptr, lists_ptr, counts_ptr,
+    B, KEY_BLOCKS, BYTES,
+    KEYS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Kept key blocks of a row in rising order, and how many hold real tokens only; grid (H · query blocks,)."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, SPAN)
+    byte = tl.load(bits_ptr + row * BYTES + j // 8, mask=j < KEY_BLOCKS, other=0).to(tl.int32)
+    kept = (byte >> (j % 8)) & 1
+    place = tl.cumsum(kept) - kept
+    tl.store(lists_ptr + row * KEY_BLOCKS + place, j.to(tl.int16), mask=kept > 0)
+    for b in range(B):
+        whole = tl.load(valid_ptr + b).to(tl.int32) // KEYS
+        tl.store(counts_ptr + b * tl.num_programs(0).to(tl.int64) + row, tl.sum(tl.where(j < whole, kept, 0), 0))
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    table: Tensor,
+    order: Tensor,
+    mask: BlockMask,
+    precision: Precision,
+    softmax_scale: float,
+    valid_tokens: Tensor | None = None,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Block-sparse attention on a GPU: arguments and results of `reference_attention`, lse on request.
+
+    Raises:
+        ValueError: If blocks, head dimension or softmax_scale are not handled.
+        RuntimeError: If the GPU lacks a format.
+    """
+    _check(q, mask, precision, softmax_scale)
+    batch, tokens = q.shape[:2]
+    if valid_tokens is None:
+        valid_tokens = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        operands = prepare(
+            q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
+            softmax_scale=softmax_scale, with_shift=return_lse,
+        )  # fmt: skip
+        tile = tile_of(capability(q.device), precision, operands.q.shape[-1])
+        return attend(
+            operands, q.shape, q.dtype, table=table, order=order, mask=mask, precision=precision, tile=tile,
+            softmax_scale=softmax_scale, valid=valid_tokens, return_lse=return_lse,
+        )  # fmt: skip
+
+
+def attend(
+    operands: Operands,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    *,
+    table: Tensor,
+    order: Tensor,
+    mask: BlockMask,
+    precision: Precision,
+    tile: Tile,
+    softmax_scale: float,
+    valid: Tensor,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of prepared operands: out of shape (B, N, H, D) and `dtype`, and lse."""
+    batch, tokens, heads, channels = shape
+    d_pad, keys, device = operands.q.shape[-1], mask.block[1], operands.q.device
+    rows = min(tile.rows, mask.block[0])
+    split = mask.block[0] // rows
+    bits = mask.bits.contiguous()
+    lists = torch.empty(heads, mask.query_blocks, mask.key_blocks, dtype=torch.int16, device=device)
+    counts = torch.empty(batch, heads, mask.query_blocks, dtype=torch.int32, device=device)
+    sizes = {"B": batch, "KEY_BLOCKS": mask.key_blocks, "BYTES": bits.shape[-1], "KEYS": keys}
+    bits_args = {"bits_ptr": bits, "valid_ptr": valid, "lists_ptr": lists, "counts_ptr": counts}
+    span = triton.next_power_of_2(mask.key_blocks)
+    _lists_kernel[(heads * mask.query_blocks,)](**bits_args, **sizes, SPAN=span)
+
+    out = torch.empty(shape, dtype=dtype, device=device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device) if return_lse else None
+    eight_bits = precision.pv in ("int8", "fp8")
+    k, v = operands.k, operands.v
+    if tile.descriptors:
+        k = TensorDescriptor.from_tensor(k.view(-1, d_pad), [keys, d_pad])
+        v = TensorDescriptor.from_tensor(v.view(-1, v.shape[-1]), [d_pad, keys] if eight_bits else [keys, d_pad])
+    _sparse_kernel[(heads * batch * mask.query_blocks * split,)](
+        operands.q, k, v, operands.q_scale, operands.k_scale, operands.v_scale, operands.v_start, operands.shift,
+        **bits_args, **sizes, tiles_ptr=launch_order(mask), table_ptr=table, order_ptr=order, out_ptr=out, lse_ptr=lse,
+        N=tokens, H=heads, ROW_BLOCKS=mask.query_blocks, q_scale=softmax_scale * LOG2_E,
+        QK="int8" if precision.qk == "int8" else "half", PV=precision.pv if eight_bits else "half",
+        HAS_LSE=return_lse, HAS_SHIFT=operands.shift is not None, DESCRIPTORS=tile.descriptors,
+        ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and precision.qk != "int8",
+        ROWS=rows, SPLIT=split, D=channels, D_PAD=d_pad, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def tile_of(capability: tuple[int, int], precision: Precision, d_pad: int) -> Tile:
+    """The row of `TILES` for a GPU, a precision and a padded head dimension."""
+    pv = precision.pv if precision.pv in ("int8", "fp8") else "half"
+    known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= capability]
+    return TILES[max(known), pv, d_pad]
+
+
+def launch_order(mask: BlockMask) -> Tensor:
+    """Order in which query blocks are launched, made once and kept as long as the mask lives.
+
+    Returns:
+        head · Nq + query block, (H · Nq,) int32: the densest head first, and the longest rows of a head first, so that
+        what runs together shares keys and what runs last is short.
+    """
+    if mask not in _launch_orders:
+        counts = mask.dense().sum(-1)  # (H, Nq)
+        heads = counts.sum(-1).argsort(descending=True, stable=True)
+        rows = counts.argsort(descending=True, stable=True)
+        _launch_orders[mask] = (heads[:, None] * mask.query_blocks + rows[heads]).flatten().to(torch.int32)
+    return _launch_orders[mask]
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; the interpreter stands in for (9, 0)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _check(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> None:
+    if mask.block not in BLOCKS:
+        known = ", ".join(f"{rows}x{columns}" for rows, columns in BLOCKS)
+        raise ValueError(
+            f"blocks must be one of {known} for impl triton; got {mask.block[0]}x{mask.block[1]}. "
+            "Make the plan with such blocks, or use impl='reference'."
+        )
+    if q.shape[-1] > LARGEST_HEAD:
+        raise ValueError(
+            f"the head dimension must be at most {LARGEST_HEAD} for impl triton; got {q.shape[-1]}. "
+            "Use impl='reference'."
+        )
+    if softmax_scale <= 0:
+        raise ValueError(f"softmax_scale must be above 0 for impl triton; got {softmax_scale}. Use impl='reference'.")
+    has = capability(q.device)
+    for form in (precision.qk, precision.pv):
+        needed = LOWEST_CAPABILITY[form]
+        if has < needed:
+            raise RuntimeError(
+                f"{form} needs a GPU of compute capability {needed[0]}.{needed[1]} or higher; got {has[0]}.{has[1]} "
+                f"({torch.cuda.get_device_name(q.device)}). {_REMEDIES[form]}"
+            )
+
+
+_REMEDIES = dict.fromkeys(LOWEST_CAPABILITY, "Use impl='reference'.") | {"fp8": "Use precision 'int8', which it has."}
