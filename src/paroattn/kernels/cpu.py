@@ -2,8 +2,9 @@
 
 All pairs of a head and a query block are sorted by how many key tokens they keep and cut into chunks of nearly equal
 pairs. The kept blocks of K and V of a chunk are gathered, and one batched product, softmax and product serves all its
-pairs. Pairs that keep every block read K and V where they are. Each thread works on chunks of its own: threads that
-share every small product wait for each other after it, and long if the machine has anything else to do.
+pairs. Pairs that keep every block read K and V where they are, by PyTorch's dense attention. Each thread works on
+chunks of its own: threads that share every small product wait for each other after it, and long if the machine has
+anything else to do.
 """
 
 import math
@@ -19,11 +20,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..block_mask import BlockMask, blocks_of
 from ..precision import Precision
 
 SCORES_AT_ONCE = 2**20
+DENSE_FACTOR = 4
 CHUNKS_PER_THREAD = 8
 SHORTEST_SHARE = 7 / 8
 SCHEDULES_PER_MASK = 4
@@ -130,12 +133,10 @@ def _attend(
             torch.index_select(source, 0, schedule.keys[part], out=target.flatten(0, 1)[part])
 
     def attend(chunks: Iterator[Chunk]) -> None:
-        memory = _Memory(schedule.chunks, mask, q.shape[1])
+        memory = _Memory(schedule.chunks, mask, q.shape[1], with_lse=lse is not None)
         for chunk in chunks:
             rows = schedule.queries[chunk.first * mask.block[0] : chunk.last * mask.block[0]]
-            result, logs = memory.attend(
-                chunk, q.index_select(0, rows), key_blocks, value_blocks, softmax_scale, lse is not None
-            )
+            result, logs = memory.attend(chunk, q.index_select(0, rows), key_blocks, value_blocks, softmax_scale)
             out.index_copy_(0, rows, result)
             if lse is not None and logs is not None:
                 lse.index_copy_(0, rows, logs)
@@ -152,21 +153,25 @@ def _attend(
 class _Memory:
     """What a thread needs for any of its chunks; fresh pages for each would cost as much as filling them."""
 
-    def __init__(self, chunks: tuple[Chunk, ...], mask: BlockMask, dim: int):
-        self.mask = mask
+    def __init__(self, chunks: tuple[Chunk, ...], mask: BlockMask, dim: int, with_lse: bool):
+        self.mask, self.with_lse = mask, with_lse
+        scored = ((c.last - c.first) * c.tokens for c in chunks if with_lse or c.head is None)
+        self.scores = torch.empty(max(scored, default=0) * mask.block[0])
         self.gathered = torch.empty(max((len(chunk.blocks) for chunk in chunks), default=0), mask.block[1], dim)
-        self.scores = torch.empty(max(((c.last - c.first) * c.tokens for c in chunks), default=0) * mask.block[0])
 
     def attend(
-        self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, with_lse: bool
+        self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
     ) -> tuple[Tensor, Tensor | None]:
         """Out (queries, D) and lse (queries,) of a chunk's queries (queries, D)."""
+        if chunk.head is not None and not self.with_lse:
+            keys, values = (self.keys_of(chunk, x)[None] for x in (k, v))
+            return scaled_dot_product_attention(q[None, None], keys, values, scale=softmax_scale)[0, 0], None
         queries = q.view(1 if chunk.head is not None else chunk.last - chunk.first, -1, q.shape[1])
         scores = self.scores[: len(q) * chunk.tokens].view(*queries.shape[:2], chunk.tokens)
         torch.baddbmm(scores, queries, self.keys_of(chunk, k).mT, beta=0, alpha=softmax_scale, out=scores)
         for first, last, tokens in chunk.short:
             scores[first:last, :, tokens:] = -math.inf
-        largest = scores.amax(-1) if with_lse else None
+        largest = scores.amax(-1) if self.with_lse else None
         torch.softmax(scores, -1, out=scores)
         out = (scores @ self.keys_of(chunk, v)).view_as(q)
         # the largest weight of a row is 1 / Σ exp(s − largest)
@@ -259,12 +264,12 @@ def _kept_keys(mask: BlockMask, real: int) -> tuple[Tensor, Tensor]:
 
 
 def _cut(lengths: list[int], whole: list[int], most: int) -> Iterator[tuple[list[int], int, int]]:
-    """Cut pairs into chunks of at most `most` key tokens, or of one pair.
+    """Cut pairs into chunks.
 
     Args:
         lengths: Key tokens of each pair, falling.
         whole: The head of each pair that keeps all, else −1.
-        most: Sum of the longest pair's key tokens over the pairs of a chunk.
+        most: The longest pair's key tokens times pairs of a chunk, at most; dense attention likes more queries.
 
     Yields:
         Lengths of a chunk's pairs, its first pair and the head that it reads in place or −1.
@@ -276,7 +281,7 @@ def _cut(lengths: list[int], whole: list[int], most: int) -> Iterator[tuple[list
             pair == end
             or whole[pair] != whole[first]
             or lengths[pair] < longest * SHORTEST_SHARE
-            or (pair - first + 1) * longest > most
+            or (pair - first + 1) * longest > (most if whole[first] < 0 else most * DENSE_FACTOR)
         ):
             yield lengths[first:pair], first, whole[first]
             first = pair
