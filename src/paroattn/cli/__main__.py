@@ -1,0 +1,7 @@
+"""`python -m paroattn.cli` is `paro`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,130 @@
+"""The words of every command."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..grid import ORDERS, TILES
+
+Run = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def parser(commands: Mapping[str, Run]) -> argparse.ArgumentParser:
+    """The parser of `paro`; a command's help is its function's docstring."""
+    top = argparse.ArgumentParser(prog="paro", description="Sparse, quantised attention for diffusion transformers.")
+    top.add_argument("--version", action="version", version=f"paroattn {__version__}")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, run in commands.items():
+        sub = subparsers.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run=run)
+        for part in _ARGUMENTS[name]:
+            part(sub)
+    return top
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more; got {text}")
+    return value
+
+
+def _demo_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", type=Path, default=Path("paro-demo"), help="folder to write (default: %(default)s)")
+    sub.add_argument("--density", type=float, help="kept share of blocks of the plan it makes")
+    sub.add_argument("--clips", type=int, help="pairs of clips to generate")
+    sub.add_argument("--steps", type=int, help="inference steps of every clip")
+    sub.add_argument("--calibration-steps", type=int, help="steps of the calibration run")
+    sub.add_argument("--seed", type=int, help="seed of every clip")
+
+
+def _model_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help='"demo" for the bundled model, or a diffusers model folder or hub id')
+    sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="seed of the clips; calibration counts up from it (default: %(default)s)"
+    )
+    sub.add_argument("--precision", help="such as int8, bf16 or int8/fp8 (default: the plan's, or the model's dtype)")
+
+
+def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line; one or two suffice")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument(
+        "--steps", type=_count, default=10, help="steps of the calibration schedule (default: %(default)s)"
+    )
+    sub.add_argument("--block", default="64x64", help="query x key tokens of a block (default: %(default)s)")
+    sub.add_argument("--row-stride", type=int, default=1, help="measure one query row in so many (default: all)")
+
+
+def _replan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("plan", type=Path, help="folder that paro calibrate wrote")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--density", type=float, default=0.25, help="kept share of the video's blocks (default: %(default)s)"
+    )
+    sub.add_argument("--order-score", default="output_error", help="none, paper, mass or output_error")
+    sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
+    sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")
+    sub.add_argument(
+        "--orders", nargs="+", default=list(ORDERS), help=f"candidates, also tiles such as {' '.join(TILES)}"
+    )
+    sub.add_argument("--phase-ends", type=float, nargs="+", help="shares of the steps at which phases end")
+
+
+def _show_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("plan", help="plan folder or hub id")
+    sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this file")
+
+
+def _run_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--plan", help="plan folder or hub id (default for demo: the plan that ships)")
+    sub.add_argument("--steps", type=_count, help="inference steps (default: the pipeline's own)")
+    sub.add_argument(
+        "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
+    )
+
+
+def _generate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompt", required=True, help="what to show")
+    sub.add_argument("--out", type=Path, required=True, help=".mp4, .gif, .webp or .png")
+    sub.add_argument("--fps", type=_positive, default=8.0, help="frames per second of the file (default: %(default)s)")
+    sub.add_argument("--dense", action="store_true", help="dense attention, no plan")
+
+
+def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+
+
+def _call_arguments(sub: argparse.ArgumentParser) -> None:
+    for name in ("height", "width", "num-frames"):
+        sub.add_argument(f"--{name}", type=_count, help="of the video (default: the pipeline's own)")
+    sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
+    sub.add_argument("--negative-prompt", help="for classifier-free guidance")
+
+
+_ARGUMENTS = {
+    "demo": (_demo_arguments,),
+    "calibrate": (_model_arguments, _calibration_arguments, _plan_arguments, _call_arguments),
+    "plan": (_replan_arguments, _plan_arguments),
+    "show": (_show_arguments,),
+    "generate": (_model_arguments, _run_arguments, _generate_arguments, _call_arguments),
+    "evaluate": (_model_arguments, _run_arguments, _evaluate_arguments, _call_arguments),
+}

@@ -1,0 +1,93 @@
+"""What a person sees in the terminal: progress bars, tables, and the closing words of every command."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+def plan_table(name: str, part: Any) -> Table:
+    """One transformer's plan: orders and density of every layer."""
+    precisions = sorted({name for layer in part.layers.values() for heads in layer.precision for name in heads})
+    size = "×".join(map(str, part.block))
+    title = f"{name}: {part.model_class}, grid {part.grid}, blocks of {size}\ndensity {part.density:.3f}"
+    table = Table(title=f"{title}, precision {', '.join(precisions)}", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("orders (heads)")
+    for index, phase in enumerate(part.phases):
+        table.add_column(f"phase {index}\nσ≥{phase.lowest_noise:.2f}", justify="right", no_wrap=True)
+    table.add_column("heads", justify="right", no_wrap=True)
+    for path, layer in part.layers.items():
+        density = layer.mask.head_density()
+        orders = ", ".join(f"{order} {count}" for order, count in Counter(layer.orders).most_common())
+        heads = density.mean(0)
+        phases = [f"{value:.2f}" for value in density.mean(1).tolist()]
+        table.add_row(path, orders, *phases, f"{heads.min():.2f}–{heads.max():.2f}")
+    return table
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """Progress bars, one per stage, made when a stage first reports."""
+    tasks: dict[str, Any] = {}
+    with _bars(TaskProgressColumn()) as progress:
+
+        def stage(name: str, done: float) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=1.0)
+            progress.update(tasks[name], completed=done)
+
+        yield stage
+
+
+@contextmanager
+def steps(total: int | None) -> Iterator[Callable[[], None]]:
+    """A progress bar over inference steps; without a total while their number is the pipeline's own."""
+    with _bars(MofNCompleteColumn()) as progress:
+        task = progress.add_task("generating", total=total)
+        yield lambda: progress.advance(task)
+
+
+def say_summary(summary: dict[str, Any], seconds: dict[str, float]) -> None:
+    """The outcome of a paired comparison in one line."""
+    psnr, ssim = summary["psnr"], summary["ssim"]
+    quality = "identical" if psnr["mean"] is None else f"{psnr['mean']:.1f} dB PSNR (worst {psnr['lowest']:.1f})"
+    speed = seconds["dense"] / seconds["sparse"]
+    say(
+        f"against dense: {quality}, SSIM {ssim['mean']:.3f}; "
+        f"{seconds['dense']:.1f} s dense, {seconds['sparse']:.1f} s sparse ({speed:.2f}×)"
+    )
+
+
+def end(path: Path, following: str) -> None:
+    """Name what was written and what to do next."""
+    say(f"wrote {path}\nnext: {following}")
+
+
+def say(text: str) -> None:
+    """Plain text on standard error."""
+    console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def console() -> Console:
+    """Standard error, so that standard output holds JSON alone."""
+    return Console(stderr=True)
+
+
+def _bars(amount: ProgressColumn) -> Progress:
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), BarColumn(), amount, *times, console=console())
