@@ -60,11 +60,14 @@ def fidelity() -> str:
             }
             if mine:
                 cells = [
-                    f"{mine[d]['psnr_mean']:.1f} ± {mine[d]['psnr_std']:.1f}" if d in mine else "–" for d in densities
+                    f"{mine[d]['psnr_mean']:.1f} ± {mine[d]['psnr_std']:.1f}, {mine[d]['psnr_min']:.1f}"
+                    if d in mine
+                    else "–"
+                    for d in densities
                 ]
                 lines.append([name + (" + tiles" if orders != "six" else ""), *cells])
     first = sparse[0]
-    text = table(["PSNR against dense, dB, mean ± spread", *(f"density {d:g}" for d in densities)], lines)
+    text = table(["PSNR against dense, dB: mean ± spread, worst clip", *(f"density {d:g}" for d in densities)], lines)
     text += (
         f"\nBundled model, {first['clips']} clips from prompts that the plan has not seen, {first['steps']} "
         f"steps, none of them dense, {first['phases']} phases, blocks of {first['block']}, bf16. {where(sparse)}.\n"

@@ -315,6 +315,27 @@ def test_saving_over_a_plan_replaces_it(tmp_path):
     assert Plan.from_pretrained(folder)["transformer"].made["settings"]["density"] == 0.9
 
 
+def test_a_plan_is_pushed_as_it_is_saved(monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            seen["created"] = (repo_id, private, exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen["plan"] = Plan.from_pretrained(folder_path)["transformer"]
+            return type("Commit", (), {"commit_url": f"hub/{repo_id}/1"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    plan = _plan()
+    assert Plan({"transformer": plan}).push_to_hub("me/plan", private=True, token="secret") == "hub/me/plan/1"
+    assert (seen["token"], seen["created"]) == ("secret", ("me/plan", True, True))
+    assert seen["plan"].phases == plan.phases
+
+
 # Fit
 
 
