@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +307,21 @@ def test_a_failure_while_writing_leaves_the_old_plan_and_nothing_half_written(tm
         (scratch / "half").write_text("written")
         raise KeyError("the disk is full")
     assert (folder / "transformer" / "plan.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_the_old_plan_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    folder, rename = _saved(tmp_path), Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError("no space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space left"):
+        _saved(tmp_path, make_plan(_statistics(), PlanSettings(0.9, orders=ORDERS)))
+    assert Plan.from_pretrained(folder)["transformer"].made["settings"]["density"] == 0.4
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
