@@ -169,8 +169,9 @@ def test_calibration_refuses_arguments_that_the_pipeline_does_not_know(pipe):
 # Published numbers
 
 
-def test_published_fidelity_belongs_to_the_weights_that_ship():
-    rows = json.loads((RESULTS / "fidelity_demo.json").read_text())["rows"]
+@pytest.mark.parametrize("name", ["fidelity_demo", "numerics_cpu", "bundled_model_maps"])
+def test_published_numbers_belong_to_the_weights_that_ship(name):
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     assert {row["weights_sha256"] for row in rows} == {weights_sha256()}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paroattn.block_mask import BlockMask
-from paroattn.capture import CaptureSettings, Statistics, Sums
+from paroattn.capture import BlockStats, CaptureSettings, Statistics
 from paroattn.files import writing_folder
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.phases import Phase, phase_at, phases_of
@@ -26,13 +26,13 @@ LEVELS = (0.95, 0.8, 0.5, 0.1)
 def _statistics(seed: int = 0, orders: tuple[str, ...] = ORDERS) -> Statistics:
     generator = torch.Generator().manual_seed(seed)
 
-    def sums(scale: float) -> Sums:
+    def sums(scale: float) -> BlockStats:
         blocks = (len(orders), HEADS, NQ, NK)
         mass = torch.rand(blocks, generator=generator).pow(4)
         mass /= mass.sum(-1, keepdim=True)
         error = scale * torch.rand(blocks, generator=generator).pow(6)
         scores = [torch.rand(blocks[:2], generator=generator) for _ in range(2)]
-        return Sums(mass, error, *scores, torch.tensor(100.0 * scale), 1)
+        return BlockStats(mass, error, *scores, torch.tensor(100.0 * scale), 1)
 
     layers = {name: {level: sums(scale) for level in LEVELS} for name, scale in (("a", 1.0), ("b", 1e4))}
     settings = CaptureSettings(orders=orders, block=BLOCK)

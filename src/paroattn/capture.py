@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,23 +27,6 @@ SAME_LEVEL = 5
 FILES = ("statistics.json", "statistics.safetensors")
 LARGEST = 16 * 2**30
 TENSORS = ("mass", "error", "sparse_share", "incoherence", "output_power")
-
-
-class Measured(Protocol):
-    """What the statistics function returns: sums over `calls` maps; see kernels.block_stats.BlockStats."""
-
-    @property
-    def mass(self) -> Tensor: ...
-    @property
-    def error(self) -> Tensor: ...
-    @property
-    def sparse_share(self) -> Tensor: ...
-    @property
-    def incoherence(self) -> Tensor: ...
-    @property
-    def output_power(self) -> Tensor: ...
-    @property
-    def calls(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -71,15 +54,17 @@ class CaptureSettings:
             raise ValueError(f"block and row stride must be positive; got {self.block} and {self.row_stride}")
 
 
-@dataclass
-class Sums:
-    """Sums of one layer at one noise level over `calls` maps (prompts, guidance branches).
+@dataclass(frozen=True)
+class BlockStats:
+    """Statistics of one self-attention, summed over `calls` maps (batch, prompts, guidance branches).
 
     Attributes:
-        mass, error: (orders, H, Nq, Nk).
-        sparse_share, incoherence: (orders, H).
-        output_power: Scalar.
-        calls: Number of maps.
+        mass: Post-softmax attention inside a block over its number of rows, (orders, H, Nq, Nk).
+        error: Squared output error that dropping the block causes, (orders, H, Nq, Nk).
+        sparse_share: Share of blocks with at least 90 % of entries below 1e-3, (orders, H).
+        incoherence: Mean over blocks of max P / mean P, (orders, H).
+        output_power: Σ over heads and rows of ‖o_r W_o‖².
+        calls: How many maps were summed.
     """
 
     mass: Tensor
@@ -87,7 +72,7 @@ class Sums:
     sparse_share: Tensor
     incoherence: Tensor
     output_power: Tensor
-    calls: int = 0
+    calls: int
 
 
 @dataclass
@@ -99,7 +84,7 @@ class Statistics:
         heads, head_dim: Of its self-attentions.
         layout: Grid and text of the sequence.
         settings: What is measured.
-        layers: Sums by module path and noise level.
+        layers: Block statistics by module path and noise level.
         made: How the statistics were made; free JSON.
     """
 
@@ -108,7 +93,7 @@ class Statistics:
     head_dim: int
     layout: Layout
     settings: CaptureSettings = field(default_factory=CaptureSettings)
-    layers: dict[str, dict[float, Sums]] = field(default_factory=dict)
+    layers: dict[str, dict[float, BlockStats]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
 
     def check_size(self, layers: int, levels: int) -> None:
@@ -134,7 +119,7 @@ class Statistics:
         v: Tensor,
         w_o: Tensor,
         noise_level: float,
-        measure: Callable[..., Measured],
+        measure: Callable[..., BlockStats],
     ) -> None:
         """Measure one self-attention call and add it up.
 
@@ -169,7 +154,7 @@ class Statistics:
         new = {name: getattr(measured, name).float().cpu() for name in TENSORS}
         if before is not None:
             new = {name: getattr(before, name) + part for name, part in new.items()}
-        levels[level] = Sums(**new, calls=measured.calls + (before.calls if before else 0))
+        levels[level] = BlockStats(**new, calls=measured.calls + (before.calls if before else 0))
 
     @property
     def noise_levels(self) -> list[float]:
@@ -246,7 +231,7 @@ class Statistics:
             settings=CaptureSettings(**settings),
             layers={
                 name: {
-                    float(level): Sums(*(tensors[f"{name}@{level}.{part}"] for part in TENSORS), calls=calls)
+                    float(level): BlockStats(*(tensors[f"{name}@{level}.{part}"] for part in TENSORS), calls=calls)
                     for level, calls in levels.items()
                 }
                 for name, levels in described["calls"].items()

@@ -9,39 +9,17 @@
 ‖x W_o‖ = ‖x S‖ with S Sᵀ = W_o W_oᵀ, so V is multiplied by S once per head and every sum stays D wide.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..block_mask import blocks_of
+from ..capture import BlockStats
 from ..grid import Layout
 
 SMALL = 1e-3
 SMALL_SHARE = 0.9
 ELEMENTS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
-
-
-@dataclass(frozen=True)
-class BlockStats:
-    """Statistics of one self-attention call, summed over its batch.
-
-    Attributes:
-        mass: Post-softmax attention inside a block over its number of rows, (orders, H, Nq, Nk).
-        error: Squared output error that dropping the block causes, (orders, H, Nq, Nk).
-        sparse_share: Share of blocks with at least 90 % of entries below 1e-3, (orders, H).
-        incoherence: Mean over blocks of max P / mean P, (orders, H).
-        output_power: Σ over heads and rows of ‖o_r W_o‖².
-        calls: How many maps were summed.
-    """
-
-    mass: Tensor
-    error: Tensor
-    sparse_share: Tensor
-    incoherence: Tensor
-    output_power: Tensor
-    calls: int
 
 
 def block_stats(
