@@ -30,7 +30,7 @@ from records import environment, merge
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
 KEY = ("order_score", "mask_score", "budget", "orders", "density_target", "precision", "block", "steps", "phase_ends")
-PRECISIONS = ("int8", "int8-pv", "int8-qk", "int4")
+PRECISIONS = ("int8", "int8/fp8", "int8-pv", "int8-qk", "int4")
 FIRST_SEED = 1000
 
 
@@ -119,10 +119,10 @@ def rows(bench: Bench, statistics: Statistics, args: argparse.Namespace) -> Iter
     dense = all_kept(plan(default, 1.0))
     bench.dense = bench.clips(dense, "bf16")
     nothing = {"order_score": "none", "mask_score": None, "budget": None, "orders": None, "density_target": 1.0}
-    for precision in PRECISIONS if not args.rules_only else ():
+    for precision in args.precisions:
         yield common | nothing | bench.row(dense, precision)
-    if not args.rules_only:
-        yield common | vars(default) | {"density_target": 0.3} | bench.row(plan(default, 0.3), "int8")
+        if precision == "int8":
+            yield common | vars(default) | {"density_target": 0.3} | bench.row(plan(default, 0.3), precision)
     for rule in RULES[: args.rules]:
         for density in args.densities:
             yield common | vars(rule) | {"density_target": density} | bench.row(plan(rule, density), "bf16")
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--phase-ends", type=float, nargs="+", default=PHASE_ENDS)
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--rules", type=int, default=len(RULES), help="only the first so many rules")
-    parser.add_argument("--rules-only", action="store_true", help="no rows that differ in precision")
+    parser.add_argument("--precisions", nargs="*", default=PRECISIONS, help="of the dense rows")
     parser.add_argument("--statistics", type=Path, help="read or keep the statistics here")
     args = parser.parse_args()
     args.phase_ends = tuple(args.phase_ends)
