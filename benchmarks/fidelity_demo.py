@@ -1,6 +1,7 @@
 """How close the bundled model's clips stay to its dense clips, for every score, budget, density and precision.
 
-    python benchmarks/fidelity_demo.py --out benchmarks/results/fidelity_demo.json
+    python benchmarks/fidelity_demo.py --impl triton --precisions int8 int8/fp8 int8-pv int8-qk --out RESULTS
+    python benchmarks/fidelity_demo.py --precisions int4 --rules 0 --out RESULTS        no kernel yet: the reference
 
 Plans come from two prompts, clips from sixteen others. Both sides of a pair use the same attention code and the same
 noise; the dense side computes in bf16, and no step of the other side is dense. Rows are merged by key into the result
@@ -155,7 +156,7 @@ def main() -> None:
         if args.statistics:
             statistics.save(args.statistics)
     print(f"statistics after {time.time() - began:.1f} s", flush=True)
-    about = environment(args.device) | {"weights_sha256": weights_sha256()}
+    about = environment(args.device, args.impl) | {"weights_sha256": weights_sha256(), "impl": args.impl}
     for row in rows(bench, statistics, args):
         merge(args.out, [row | about], KEY)
         print(

@@ -3,19 +3,20 @@
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """Date, the device that ran, and versions, as every row has them."""
+def environment(device: str = "cpu", impl: str | None = None) -> dict[str, Any]:
+    """Date, the device that ran, and versions, as every row has them; Triton's only for an `impl` that uses it."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
         "torch": torch.__version__.split("+")[0],
-        "triton": None,
+        "triton": version("triton") if impl == "triton" else None,
     }
 
 
