@@ -25,10 +25,11 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from paroattn.block_mask import BlockMask
-from paroattn.kernels import prepare, sparse
+from paroattn.kernels import hopper, prepare, sparse
 from paroattn.precision import Precision
 from records import environment, merge
 
@@ -39,6 +40,7 @@ PRECISIONS = ("int8/fp8", "int8/int8", "int8/bf16", "bf16/int8", "bf16/bf16")
 BLOCKS = ("64x64", "64x128", "128x128")
 HEADS = (64, 128)
 COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}
+ATTENTION = ("sparse", "hopper")
 TOKENS = 304
 
 
@@ -62,7 +64,7 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
         saved.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    for module in (prepare, sparse):
+    for module in (prepare, sparse, hopper):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             put(module, name, Call(getattr(module, name), calls))
     put(sparse, "capability", lambda device: divmod(arch, 10))
@@ -93,7 +95,8 @@ def compiled(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
 
 
 def counts(binary: Any) -> dict[str, int]:
@@ -122,11 +125,11 @@ def report(
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         values = (*args, *kwargs.values())
         same = (arch, name, *(str(value.dtype if isinstance(value, torch.Tensor) else value) for value in values))
-        if same in known or (only_sparse and name != "sparse"):
+        if same in known or (only_sparse and name not in ATTENTION):
             continue
         known.add(same)
         variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else ""
-        tile = {key: kwargs[key] for key in ("num_warps", "num_stages", "ROWS", "DESCRIPTORS") if key in kwargs}
+        tile = {key: kwargs[key] for key in ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS") if key in kwargs}
         about = {"kernel": name, "arch": f"sm_{arch}", "precision": precision, "block": block, "head_dim": head_dim}
         row = about | {"dtype": dtype, "variant": variant, **{key.lower(): value for key, value in tile.items()}}
         rows.append(row | counts(compiled(kernel, args, kwargs, arch)))
@@ -156,7 +159,7 @@ def main() -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    tile = " ".join(str(row.get(name, "")) for name in ("rows", "num_warps", "num_stages"))
+    tile = " ".join(str(row.get(name, "")) for name in ("rows", "num_warps", "num_stages", "stages"))
     tile += " tma" * row.get("descriptors", False)
     about = (
         f"{row['kernel']:7}{row['variant']:2}{row['arch']:6} {row['precision']:10} {row['block']:8} {row['head_dim']:4}"

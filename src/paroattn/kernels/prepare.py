@@ -1,6 +1,6 @@
 """Operands of the block-sparse kernel: gathered into kernel order, rotated, quantised and, where 8-bit, transposed.
 
-    k̄, v_max = mean of K and largest |V| per channel over the real tokens           one pass over K and V
+    k̄, v_max = mean of every 8th real token of K, largest |V| per channel           one pass over V, 1/8 of K
     Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
     K: (x − k̄) R → int8, one scale per key block
     V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
@@ -11,7 +11,8 @@ Renaming: an 8-bit left operand wants four neighbouring columns in a register wh
 kernel takes column 16 h + 8 g + 2 t + i of P for column 16 h + 4 t + 2 g + i; V's tokens are stored in that order.
 
 Layout: q, k and 16-bit v (B, H, tokens, D'), 8-bit v (B, H, D', tokens), D' = 64 or 128, tokens padded to whole blocks.
-Padding, of channels and of tokens, is 0. Grid: (token blocks, B·H). 16-bit operands are only gathered.
+Padding, of channels and of tokens, is 0; what pads the text counts as padding in K and V. 16-bit operands are only
+gathered.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
+from .reference import MEAN_OF_EVERY
 
 LOG2_E = 1.4426950408889634
 BIAS = 0x4B400000
@@ -31,6 +33,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_PER_SUM = 1024
 TOKENS_AT_ONCE = 32
+BLOCKS_AT_ONCE = 8
+STAGES = 3
 
 
 @dataclass(frozen=True)
@@ -89,92 +93,115 @@ def _rotate(x, signs, ON_GPU: tl.constexpr):
 
 @triton.jit
 def _sum_kernel(
-    k_ptr, v_ptr, table_ptr, order_ptr, valid_ptr, sums_ptr, largest_ptr,
-    k_stride_b, k_stride_n, k_stride_h, k_stride_d,
-    v_stride_b, v_stride_n, v_stride_h, v_stride_d,
+    x_ptr, table_ptr, order_ptr, valid_ptr, out_ptr,
+    stride_b, stride_n, stride_h, stride_d,
     N, H, CHUNKS,
-    HAS_K: tl.constexpr, HAS_V: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    LARGEST: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sum of K and largest |V| over one chunk of real tokens; grid (chunks, B·H)."""
+    """Sum, or largest magnitude, of every EVERY-th real token of a chunk; grid (chunks, B·H)."""
     chunk, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    valid = tl.load(valid_ptr + b)
+    valid = tl.load(valid_ptr + b).to(tl.int32)
     row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
-    sums = tl.zeros([STEP, D_PAD], tl.float32)
-    largest = tl.zeros([STEP, D_PAD], tl.float32)
+    x_ptr += b * stride_b + h * stride_h
+    found = tl.zeros([STEP, D_PAD], tl.float32)
     for start in range(0, TOKENS, STEP):
-        n = chunk * TOKENS + start + tl.arange(0, STEP)
+        n = (chunk * TOKENS + start + tl.arange(0, STEP)) * EVERY
         real = n < valid
         position = tl.load(row_ptr + n, mask=real, other=0)
-        if HAS_K:
-            k = _gather(k_ptr + b * k_stride_b + h * k_stride_h, k_stride_n, k_stride_d, position, real, D, D_PAD)
-            sums += k.to(tl.float32)
-        if HAS_V:
-            v = _gather(v_ptr + b * v_stride_b + h * v_stride_h, v_stride_n, v_stride_d, position, real, D, D_PAD)
-            largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
-    place = (bh.to(tl.int64) * CHUNKS + chunk) * D_PAD + tl.arange(0, D_PAD)
-    tl.store(sums_ptr + place, tl.sum(sums, 0))
-    tl.store(largest_ptr + place, tl.max(largest, 0))
+        x = _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD).to(tl.float32)
+        if LARGEST:
+            found = tl.maximum(found, tl.abs(x))
+        else:
+            found += x
+    out = out_ptr + (bh.to(tl.int64) * CHUNKS + chunk) * D_PAD + tl.arange(0, D_PAD)
+    tl.store(out, tl.max(found, 0) if LARGEST else tl.sum(found, 0))
 
 
 @triton.jit
 def _finish_kernel(
     sums_ptr, largest_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, v_scale_ptr,
-    H, CHUNKS, v_top, smallest, norm,
-    D_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr,
+    H, K_CHUNKS, V_CHUNKS, v_top, smallest, norm,
+    EVERY: tl.constexpr, D_PAD: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
 ):  # fmt: skip
     """Chunks → k̄, k̄ R and V's scales; grid (B·H,)."""
     bh = tl.program_id(0).to(tl.int64)
-    chunk, d = tl.arange(0, CHUNKS_PAD), tl.arange(0, D_PAD)
-    place = (bh * CHUNKS + chunk)[:, None] * D_PAD + d[None, :]
-    there = (chunk < CHUNKS)[:, None]
-    real = tl.maximum(tl.load(valid_ptr + bh // H), 1).to(tl.float32)
-    mean = tl.sum(tl.load(sums_ptr + place, mask=there, other=0.0), 0) / real
-    largest = tl.max(tl.load(largest_ptr + place, mask=there, other=0.0), 0)
-    tl.store(mean_ptr + bh * D_PAD + d, mean)
-    tl.store(v_scale_ptr + bh * D_PAD + d, tl.maximum(largest / v_top, smallest))
-    signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :]).to(tl.float32)
-    tl.store(centre_ptr + bh * D_PAD + d, tl.sum(mean[:, None] * signs, 0) * norm)
+    d = tl.arange(0, D_PAD)
+    if K_PAD > 0:
+        chunk = tl.arange(0, K_PAD)
+        sums = sums_ptr + (bh * K_CHUNKS + chunk)[:, None] * D_PAD + d[None, :]
+        counted = tl.maximum((tl.load(valid_ptr + bh // H).to(tl.int32) + EVERY - 1) // EVERY, 1)
+        mean = tl.sum(tl.load(sums, mask=(chunk < K_CHUNKS)[:, None], other=0.0), 0) / counted.to(tl.float32)
+        tl.store(mean_ptr + bh * D_PAD + d, mean)
+        signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :]).to(tl.float32)
+        tl.store(centre_ptr + bh * D_PAD + d, tl.sum(mean[:, None] * signs, 0) * norm)
+    if V_PAD > 0:
+        chunk = tl.arange(0, V_PAD)
+        largest = largest_ptr + (bh * V_CHUNKS + chunk)[:, None] * D_PAD + d[None, :]
+        largest = tl.max(tl.load(largest, mask=(chunk < V_CHUNKS)[:, None], other=0.0), 0)
+        tl.store(v_scale_ptr + bh * D_PAD + d, tl.maximum(largest / v_top, smallest))
+
+
+@triton.jit
+def _gather_kernel(
+    x_ptr, table_ptr, order_ptr, valid_ptr, out_ptr,
+    stride_b, stride_n, stride_h, stride_d,
+    N, H,
+    IS_QUERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of a 16-bit operand; grid (token blocks, B·H)."""
+    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    n, d = block * TOKENS + tl.arange(0, TOKENS), tl.arange(0, D_PAD)
+    limit = N if IS_QUERY else tl.load(valid_ptr + b).to(tl.int32)
+    real = n < limit
+    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
+    x = _gather(x_ptr + b * stride_b + h * stride_h, stride_n, stride_d, position, real, D, D_PAD)
+    rows = bh * tl.num_programs(0) * TOKENS + n
+    tl.store(out_ptr + rows[:, None] * D_PAD + d[None, :], x.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def _rows_kernel(
     x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H, factor, softmax_scale, smallest, norm,
-    ROTATE: tl.constexpr, IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    N, H, BLOCKS, factor, softmax_scale, smallest, norm,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of Q or K; grid (token blocks, B·H)."""
-    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H)."""
+    bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    n, d = block * TOKENS + tl.arange(0, TOKENS), tl.arange(0, D_PAD)
-    limit = N
-    if ROTATE or IS_KEY:
-        limit = tl.load(valid_ptr + b).to(tl.int32)
-    real = n < limit
-    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
-    x = _gather(x_ptr + b * stride_b + h * stride_h, stride_n, stride_d, position, real, D, D_PAD)
-    rows = bh * tl.num_programs(0) * TOKENS + n
-    out = out_ptr + rows[:, None] * D_PAD + d[None, :]
-    if ROTATE:
-        signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :])
+    place, d = tl.arange(0, TOKENS), tl.arange(0, D_PAD)
+    limit = tl.load(valid_ptr + b).to(tl.int32) if IS_KEY else N
+    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
+    x_ptr += b * stride_b + h * stride_h
+    signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :])
+    if IS_KEY:
+        centre = tl.load(centre_ptr + bh * D_PAD + d)
+    if HAS_SHIFT:
+        mean = tl.load(mean_ptr + bh * D_PAD + d)
+    first = tl.program_id(0) * AT_ONCE
+    for block in range(first, tl.minimum(first + AT_ONCE, BLOCKS)):
+        n = block * TOKENS + place
+        real = n < limit
+        position = tl.load(row_ptr + n, mask=real, other=0)
+        x = _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD)
         rotated = _rotate(x, signs, ON_GPU) * norm
+        rows = bh * BLOCKS * TOKENS + n
+        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
         if IS_KEY:
-            rotated = tl.where(real[:, None], rotated - tl.load(centre_ptr + bh * D_PAD + d)[None, :], 0.0)
+            rotated = tl.where(real[:, None], rotated - centre[None, :], 0.0)
             scale = tl.maximum(tl.max(tl.max(tl.abs(rotated), 1), 0) / 127.0, smallest)
             tl.store(out, _round(rotated * (1.0 / scale)).to(tl.int8))
-            tl.store(scale_ptr + bh * tl.num_programs(0) + block, scale)
+            tl.store(scale_ptr + bh * BLOCKS + block, scale)
         else:
             scale = tl.maximum(tl.max(tl.abs(rotated), 1) / 127.0, smallest)
             tl.store(out, _round(rotated * (1.0 / scale)[:, None]).to(tl.int8))
             tl.store(scale_ptr + rows, scale * factor)
         if HAS_SHIFT:
-            mean = tl.load(mean_ptr + bh * D_PAD + d)
             tl.store(shift_ptr + rows, tl.sum(x.to(tl.float32) * mean[None, :], 1) * softmax_scale)
-    else:
-        tl.store(out, x.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -184,32 +211,25 @@ def _values_kernel(
     N, H,
     STORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One key block of V; grid (key blocks, B·H)."""
+    """One key block of V in 8 bits; grid (key blocks, B·H)."""
     block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     place, d = tl.arange(0, TOKENS), tl.arange(0, D_PAD)
-    token = place
-    if STORED == "int8" or STORED == "fp8":  # 16 h + 4 t + 2 g + i holds token 16 h + 8 g + 2 t + i
-        token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)
+    token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
     n = block * TOKENS + token
     real = n < tl.load(valid_ptr + b)
     position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
     v = _gather(v_ptr + b * stride_b + h * stride_h, stride_n, stride_d, position, real, D, D_PAD)
     tokens = tl.num_programs(0).to(tl.int64) * TOKENS
-    place = block * TOKENS + place
-    if STORED == "int8" or STORED == "fp8":
-        scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
-        out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + place[None, :]
-        if STORED == "int8":
-            rounded = _round(scaled)
-            tl.store(out, tl.trans(rounded.to(tl.int8)))
-            start = tl.sum(rounded, 0) * 128 + 0x4B400000
-            tl.store(start_ptr + (bh * tl.num_programs(0) + block) * D_PAD + d, start)
-        else:
-            tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
+    scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
+    out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
+    if STORED == "int8":
+        rounded = _round(scaled)
+        tl.store(out, tl.trans(rounded.to(tl.int8)))
+        start = tl.sum(rounded, 0) * 128 + 0x4B400000
+        tl.store(start_ptr + (bh * tl.num_programs(0) + block) * D_PAD + d, start)
     else:
-        out = out_ptr + (bh * tokens + place)[:, None] * D_PAD + d[None, :]
-        tl.store(out, v.to(out_ptr.dtype.element_ty))
+        tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
 
 
 def prepare(
@@ -245,47 +265,68 @@ def prepare(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
 
-    order_args = {"table_ptr": table, "order_ptr": order, "valid_ptr": valid, "N": tokens, "H": heads}
+    tokens_args = {"table_ptr": table, "order_ptr": order, "valid_ptr": valid, "N": tokens, "H": heads}
     sizes = {"D": channels, "D_PAD": d_pad}
     constants = {"smallest": SMALLEST_SCALE, "norm": d_pad**-0.5}
     signs = _signs(d_pad, q.dtype, q.device)
     mean, centre, v_scale = (empty(d_pad) for _ in range(3))
-    if smoothed or scaled:
-        chunks = triton.cdiv(tokens, TOKENS_PER_SUM)
-        sums, largest = empty(chunks, d_pad), empty(chunks, d_pad)
-        _sum_kernel[(chunks, batch * heads)](
-            k, v, sums_ptr=sums, largest_ptr=largest, **order_args, **_strides(k, "k_"), **_strides(v, "v_"),
-            CHUNKS=chunks, HAS_K=smoothed, HAS_V=scaled, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE,
+
+    def chunks(x: Tensor, largest: bool, every: int) -> Tensor:
+        count = triton.cdiv(triton.cdiv(tokens, every), TOKENS_PER_SUM)
+        out = empty(count, d_pad)
+        _sum_kernel[(count, batch * heads)](
+            x, out_ptr=out, **tokens_args, **_strides(x), CHUNKS=count, LARGEST=largest, EVERY=every, **sizes,
+            TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE,
         )  # fmt: skip
+        return out
+
+    if smoothed or scaled:
+        sums, largest = chunks(k, False, MEAN_OF_EVERY) if smoothed else None, chunks(v, True, 1) if scaled else None
+        of_k, of_v = (0 if x is None else x.shape[2] for x in (sums, largest))
         _finish_kernel[(batch * heads,)](
-            sums, largest, valid, signs, mean, centre, v_scale, heads, chunks,
-            FORMATS[precision.pv].highest or 1.0, **constants, D_PAD=d_pad, CHUNKS_PAD=triton.next_power_of_2(chunks),
+            sums, largest, valid, signs, mean, centre, v_scale, heads, of_k, of_v,
+            FORMATS[precision.pv].highest or 1.0, **constants, EVERY=MEAN_OF_EVERY, D_PAD=d_pad,
+            K_PAD=of_k and triton.next_power_of_2(of_k), V_PAD=of_v and triton.next_power_of_2(of_v),
         )  # fmt: skip
 
     shift = empty(query_blocks * block[0]) if smoothed and with_shift else None
 
+    def gathered(x: Tensor, blocks: int, size: int, form: str, is_query: bool) -> Tensor:
+        out = empty(blocks * size, d_pad, dtype=STORED[form])
+        _gather_kernel[(blocks, batch * heads)](
+            x, out_ptr=out, **tokens_args, **_strides(x), IS_QUERY=is_query, **sizes, TOKENS=size,
+            num_warps=_warps(size, d_pad),
+        )  # fmt: skip
+        return out
+
     def rows(x: Tensor, blocks: int, size: int, is_key: bool) -> tuple[Tensor, Tensor | None]:
-        out = empty(blocks * size, d_pad, dtype=STORED[precision.qk])
-        scale = empty(blocks if is_key else blocks * size) if smoothed else None
-        _rows_kernel[(blocks, batch * heads)](
+        if not smoothed:
+            return gathered(x, blocks, size, precision.qk, not is_key), None
+        out = empty(blocks * size, d_pad, dtype=torch.int8)
+        tile = size if is_key else min(size, 64)
+        scale = empty(blocks if is_key else blocks * size)
+        blocks = blocks * size // tile
+        _rows_kernel[(triton.cdiv(blocks, BLOCKS_AT_ONCE), batch * heads)](
             x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, out_ptr=out, scale_ptr=scale,
-            shift_ptr=None if is_key else shift, **order_args, **_strides(x), **constants,
-            factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, ROTATE=smoothed, IS_KEY=is_key,
+            shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
+            factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
             HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
-            **sizes, TOKENS=size, num_warps=_warps(size, d_pad),
+            **sizes, TOKENS=tile, AT_ONCE=BLOCKS_AT_ONCE, num_warps=_warps(tile, d_pad), num_stages=STAGES,
         )  # fmt: skip
         return out, scale
 
     q_, q_scale = rows(q, query_blocks, block[0], is_key=False)
     k_, k_scale = rows(k, key_blocks, block[1], is_key=True)
-    shape = (d_pad, key_blocks * block[1]) if scaled else (key_blocks * block[1], d_pad)
-    v_ = empty(*shape, dtype=STORED[precision.pv])
+    if not scaled:
+        v_ = gathered(v, key_blocks, block[1], precision.pv, False)
+        return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
+    v_ = empty(d_pad, key_blocks * block[1], dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks, batch * heads)](
-        v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **order_args, **_strides(v),
+        v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
         STORED=precision.pv, **sizes, TOKENS=block[1], num_warps=_warps(block[1], d_pad),
     )  # fmt: skip
-    return Operands(q_, k_, v_, q_scale, k_scale, v_scale if scaled else None, v_start, shift)
+    return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
 
 
 def _warps(tokens: int, channels: int) -> int:

@@ -7,12 +7,14 @@
         out  = p v / rowsum p                    softmax renormalised over the kept blocks; 0 without any real key
         lse  = m + ln rowsum p                   −∞ without any real key
 
-Quantised products change three lines. K's mean over tokens is subtracted first (softmax does not change; lse gets
-softmax_scale · q·k̄ back), and the channels of Q and K are rotated by a Hadamard matrix, which spreads outliers over
-all channels and leaves q·k as it is. Q gets one scale per token, K one per block (INT8, FP8) or per token (INT4), V
-one per channel. P, which is never negative, is stored unsigned, against each row's own maximum inside each key block:
-with b = max of s over row and block, p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8), 15 (INT4) or
-448 (FP8). The denominator sums p̂, so the weights of a row always add up to one.
+Quantised products change three lines. K's mean, over every 8th token of the head's order, is subtracted first (softmax
+does not change, whatever is subtracted; lse gets softmax_scale · q·k̄ back), and the channels of Q and K are rotated by
+a Hadamard matrix, which spreads outliers over all channels and leaves q·k as it is. Q gets one scale per token, K one
+per block (INT8, FP8) or per token (INT4), V one per channel. P, which is never negative, is stored unsigned.
+Integers count from each row's own maximum inside each key block: with b = max of s over row and block,
+p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8) or 15 (INT4), and the denominator sums p̂, so that the
+weights of a row add up to one. FP8 needs less care: b is the row's maximum over this and all earlier key blocks, top is
+448, and the denominator, like that of the 16-bit formats, sums p before it is rounded.
 """
 
 import math
@@ -26,6 +28,8 @@ from ..precision import FORMATS, Precision, dequantize, hadamard, quantize, roun
 ELEMENTS_AT_ONCE = 2**26
 GRANULARITY = {"int8": ("token", "block"), "fp8": ("token", "block"), "int4": ("token", "token")}
 P_FORMAT = {"int8": "uint8", "int4": "uint4"}
+MEAN_OF_EVERY = 8
+"""K's mean is taken over one token in so many."""
 
 
 def to_kernel_order(x: Tensor, table: Tensor, order: Tensor) -> Tensor:
@@ -92,8 +96,7 @@ def reference_attention(
         keep = keep.repeat_interleave(mask.block[1], 2)[..., :tokens]
         keep = keep if real is None else keep & real[:, :, None]
         scores = (q_hat[:, :, rows] @ k_hat.mT).masked_fill_(~keep, -math.inf)
-        p, largest = _round_p(scores, mask.block[1], precision)
-        total = p.sum(-1, keepdim=True)
+        p, total, largest = _round_p(scores, mask.block[1], precision)
         out[:, :, rows] = p @ v_hat / total.clamp_min(torch.finfo(compute).tiny)
         lse[:, :, rows] = (largest + total.log()).squeeze(-1)
     if smoothed:
@@ -103,10 +106,11 @@ def reference_attention(
 
 
 def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
-    """Mean over the real tokens, (B, H, 1, D); k is 0 on padding."""
+    """Mean over every 8th real token, (B, H, 1, D); k is 0 on padding."""
+    k = k[:, :, ::MEAN_OF_EVERY]
     if real is None:
         return k.mean(2, keepdim=True)
-    return k.sum(2, keepdim=True) / real.sum(2).clamp_min(1)[..., None, None]
+    return k.sum(2, keepdim=True) / real[:, :, ::MEAN_OF_EVERY].sum(2).clamp_min(1)[..., None, None]
 
 
 def _round_qk(q: Tensor, k: Tensor, key_block: int, precision: Precision) -> tuple[Tensor, Tensor]:
@@ -122,16 +126,26 @@ def _round_qk(q: Tensor, k: Tensor, key_block: int, precision: Precision) -> tup
     return q_hat, k_hat
 
 
-def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, Tensor]:
-    """exp(scores − row maximum) as the second product sees it, and the row maximum. Overwrites `scores`."""
+def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(scores − row maximum) as the second product sees it, its denominator and the row maximum.
+
+    Overwrites `scores`.
+    """
     form = FORMATS[P_FORMAT.get(precision.pv, precision.pv)]
-    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    lowest = torch.finfo(scores.dtype).min
+    largest = scores.amax(-1, keepdim=True).clamp_min(lowest)
     if not form.scaled:
-        return round_to(scores.sub_(largest).exp_(), form), largest
+        p = scores.sub_(largest).exp_()
+        return round_to(p, form), p.sum(-1, keepdim=True), largest
     tokens = scores.shape[-1]
     padding = blocks_of(tokens, block) * block - tokens
     blocks = torch.nn.functional.pad(scores, (0, padding), value=-math.inf).unflatten(-1, (-1, block))
-    highest = blocks.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-    stored = round_to((blocks - highest).exp_().mul_(form.highest), form)
-    p = stored * ((highest - largest[..., None]).exp_() / form.highest)
-    return p.flatten(-2)[..., :tokens], largest
+    highest = blocks.amax(-1, keepdim=True).clamp_min(lowest)
+    if form.dtype.is_floating_point:
+        highest = highest.cummax(-2).values
+    p = (blocks - highest).exp_().mul_(form.highest)
+    stored = round_to(p, form)
+    weight = (highest - largest[..., None]).exp_() / form.highest
+    summed = p if form.dtype.is_floating_point else stored
+    total = (summed.sum(-1, keepdim=True) * weight).sum(-2)
+    return (stored * weight).flatten(-2)[..., :tokens], total, largest

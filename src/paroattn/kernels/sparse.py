@@ -6,11 +6,11 @@
             s = q k_jᵀ                          INT8: the accumulator starts at BIAS and is read as a float
             b = rowmax s · scale
             m' = max(m, b)
-            8-bit p:   p̂ = round(exp2(s · scale − b) · top)     stored against the block's own maximum
-                       total = total · exp2(m − m') + rowsum p̂ · exp2(b − m')
-                       acc = acc · exp2(m − m') + p̂ v_j · exp2(b − m')
-            16-bit p:  p = exp2(s · scale − m'), total and acc as usual
-        out = acc / total · v_scale             lse = (m + log2 (total / top)) ln 2 + softmax_scale · q·k̄
+            INT8 p:    p̂ = round(exp2(s · scale − b) · 255)          stored against the block's own maximum
+                   total = total · exp2(m − m') + rowsum p̂ · exp2(b − m')
+                   acc = acc · exp2(m − m') + p̂ v_j · exp2(b − m')
+        others:    p = exp2(s · scale − m') · top, total and acc as usual
+    out = acc / total · v_scale             lse = (m + log2 (total / top)) ln 2 + softmax_scale · q·k̄
 
 INT8 p̂ is unsigned, 0…255: the product runs on p̂ − 128 and starts at BIAS + 128 · sum of v over the block.
 
@@ -24,6 +24,7 @@ Not handled: head dimensions above 128, formats other than int8, fp8 (P·V only)
 import weakref
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -57,15 +58,27 @@ class Tile:
     descriptors: bool = False
 
 
+@dataclass(frozen=True)
+class Ring:
+    """How a program of `hopper.py` is compiled.
+
+    Attributes:
+        stages: Key blocks in flight.
+        registers: Limit per thread; fewer let more programs share a multiprocessor.
+    """
+
+    stages: int
+    registers: int
+
+
 TILES = {
-    # (from capability, format of P·V, D'). The 8-bit ones from (9, 0), fp8 at 128 aside, were fastest on an H200 for a
-    # kernel with P against the running maximum; the others only avoid spills. Re-measure on a GPU.
-    ((9, 0), "fp8", 128): Tile(64, 4, 3),
-    ((9, 0), "int8", 128): Tile(64, 4, 2, descriptors=True),
-    ((9, 0), "half", 128): Tile(128, 8, 2),
-    ((9, 0), "fp8", 64): Tile(64, 4, 3, descriptors=True),
-    ((9, 0), "int8", 64): Tile(64, 4, 3),
-    ((9, 0), "half", 64): Tile(64, 4, 3),
+    # (from capability, format of P·V, D'): fastest of those measured on an H200 from (9, 0) on, else without spills
+    ((9, 0), "fp8", 128): Tile(64, 4, 3, descriptors=True),
+    ((9, 0), "int8", 128): Tile(64, 4, 3),
+    ((9, 0), "half", 128): Tile(128, 8, 2, descriptors=True),
+    ((9, 0), "fp8", 64): Tile(64, 4, 2, descriptors=True),
+    ((9, 0), "int8", 64): Tile(64, 4, 2, descriptors=True),
+    ((9, 0), "half", 64): Tile(64, 4, 2, descriptors=True),
     ((8, 0), "fp8", 128): Tile(128, 8, 2),
     ((8, 0), "int8", 128): Tile(128, 8, 2),
     ((8, 0), "half", 128): Tile(128, 8, 2),
@@ -76,6 +89,20 @@ TILES = {
 # (10, 0) and above have no wgmma either
 TILES |= {((10, 0), *key): tile for (lowest, *key), tile in TILES.items() if lowest == (8, 0)}
 """The highest capability that the GPU has wins."""
+
+RINGS = {
+    # (format of P·V, D', tokens of a key block), for INT8 Q·K: fastest of those measured on an H200
+    ("fp8", 128, 128): Ring(2, 168),
+    ("fp8", 128, 64): Ring(4, 168),
+    ("fp8", 64, 128): Ring(2, 128),
+    ("fp8", 64, 64): Ring(4, 96),
+    ("int8", 128, 128): Ring(2, 168),
+    ("int8", 128, 64): Ring(4, 168),
+    ("int8", 64, 128): Ring(2, 128),
+    ("int8", 64, 64): Ring(4, 96),
+}
+"""Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
+HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 _launch_orders: "weakref.WeakKeyDictionary[BlockMask, Tensor]" = weakref.WeakKeyDictionary()
 
@@ -133,10 +160,9 @@ def _key_block(
         added = (added | 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         p = _rename(bits.to(tl.int8), ROWS, KEYS)
     elif PV == "fp8":
-        p = _exp2(tl.fma(s, scale[:, None], 8.807354922057604 - (top * scale)[:, None]), ON_GPU)  # log2 448
-        p = p.to(tl.float8e4nv)
-        added = tl.sum(p.to(tl.float32), 1)
-        p = _rename(p, ROWS, KEYS)
+        p = _exp2(tl.fma(s, scale[:, None], 8.807354922057604 - (new + offset * scale)[:, None]), ON_GPU)  # log2 448
+        added = tl.sum(p, 1)
+        p = _rename(p.to(tl.float8e4nv), ROWS, KEYS)
     else:
         p = _exp2(tl.fma(s, scale[:, None], -(new + offset * scale)[:, None]), ON_GPU)
         added = tl.sum(p, 1)
@@ -150,21 +176,21 @@ def _key_block(
             acc = tl.dot(p, v, acc * old_share[:, None])
         else:  # the interpreter multiplies no bf16
             acc = tl.dot(p.to(tl.float32), v.to(tl.float32), acc * old_share[:, None], input_precision="ieee")
-        total = total * old_share + added
     else:
         if DESCRIPTORS:
             v = v_ref.load([v_row, first])
         else:
             v = tl.load(v_ref + d[:, None] * v_stride + (first + n)[None, :])  # (D_PAD, KEYS)
-        share = _exp2(highest - new, ON_GPU)
         if PV == "int8":
+            share = _exp2(highest - new, ON_GPU)
+            added *= share
             start = tl.load(v_start_ptr + (scale_row + j) * D_PAD + d)
             start = tl.broadcast_to(start[None, :], [ROWS, D_PAD])
             pv = tl.dot(p, tl.trans(v), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
             acc = acc * old_share[:, None] + (pv * share[:, None] - (12582912.0 * share)[:, None])
         else:
-            acc = acc * old_share[:, None] + tl.dot(p, tl.trans(v)) * share[:, None]
-        total = total * old_share + added * share
+            acc = acc * old_share[:, None] + tl.dot(p, tl.trans(v))
+    total = total * old_share + added
     return new, total, acc
 
 
@@ -286,7 +312,7 @@ def sparse_attention(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
             softmax_scale=softmax_scale, with_shift=return_lse,
         )  # fmt: skip
-        tile = tile_of(capability(q.device), precision, operands.q.shape[-1])
+        tile = tile_of(capability(q.device), precision, mask.block, operands.q.shape[-1])
         return attend(
             operands, q.shape, q.dtype, table=table, order=order, mask=mask, precision=precision, tile=tile,
             softmax_scale=softmax_scale, valid=valid_tokens, return_lse=return_lse,
@@ -302,45 +328,69 @@ def attend(
     order: Tensor,
     mask: BlockMask,
     precision: Precision,
-    tile: Tile,
+    tile: Tile | Ring,
     softmax_scale: float,
     valid: Tensor,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of prepared operands: out of shape (B, N, H, D) and `dtype`, and lse."""
     batch, tokens, heads, channels = shape
-    d_pad, keys, device = operands.q.shape[-1], mask.block[1], operands.q.device
-    rows = min(tile.rows, mask.block[0])
-    split = mask.block[0] // rows
+    keys, device = mask.block[1], operands.q.device
     bits = mask.bits.contiguous()
     lists = torch.empty(heads, mask.query_blocks, mask.key_blocks, dtype=torch.int16, device=device)
     counts = torch.empty(batch, heads, mask.query_blocks, dtype=torch.int32, device=device)
     sizes = {"B": batch, "KEY_BLOCKS": mask.key_blocks, "BYTES": bits.shape[-1], "KEYS": keys}
-    bits_args = {"bits_ptr": bits, "valid_ptr": valid, "lists_ptr": lists, "counts_ptr": counts}
-    span = triton.next_power_of_2(mask.key_blocks)
-    _lists_kernel[(heads * mask.query_blocks,)](**bits_args, **sizes, SPAN=span)
+    rows_args = {"bits_ptr": bits, "valid_ptr": valid, "lists_ptr": lists, "counts_ptr": counts, **sizes}
+    _lists_kernel[(heads * mask.query_blocks,)](**rows_args, SPAN=triton.next_power_of_2(mask.key_blocks))
 
     out = torch.empty(shape, dtype=dtype, device=device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device) if return_lse else None
-    eight_bits = precision.pv in ("int8", "fp8")
+    arguments = rows_args | {
+        "q_scale_ptr": operands.q_scale, "k_scale_ptr": operands.k_scale, "v_scale_ptr": operands.v_scale,
+        "shift_ptr": operands.shift, "tiles_ptr": launch_order(mask), "table_ptr": table, "order_ptr": order,
+        "out_ptr": out, "lse_ptr": lse, "N": tokens, "H": heads, "ROW_BLOCKS": mask.query_blocks, "D": channels,
+        "HAS_LSE": return_lse, "HAS_SHIFT": operands.shift is not None,
+    }  # fmt: skip
+    programs = heads * batch * mask.query_blocks
+    if isinstance(tile, Ring):
+        from . import hopper
+
+        hopper.launch(
+            operands.q, operands.k, operands.v, operands.v_start, block=mask.block, stages=tile.stages,
+            registers=tile.registers, programs=programs, PV=precision.pv, **arguments,
+        )  # fmt: skip
+    else:
+        scale = softmax_scale * LOG2_E
+        _launch(
+            operands, tile, mask.block, programs, precision, v_start_ptr=operands.v_start, q_scale=scale, **arguments
+        )
+    return out, lse
+
+
+def _launch(
+    operands: Operands, tile: Tile, block: tuple[int, int], programs: int, precision: Precision, **arguments: Any
+) -> None:
+    """Run the portable kernel."""
+    d_pad, keys, eight_bits = operands.q.shape[-1], block[1], precision.pv in ("int8", "fp8")
+    rows = min(tile.rows, block[0])
+    split = block[0] // rows
     k, v = operands.k, operands.v
     if tile.descriptors:
         k = TensorDescriptor.from_tensor(k.view(-1, d_pad), [keys, d_pad])
         v = TensorDescriptor.from_tensor(v.view(-1, v.shape[-1]), [d_pad, keys] if eight_bits else [keys, d_pad])
-    _sparse_kernel[(heads * batch * mask.query_blocks * split,)](
-        operands.q, k, v, operands.q_scale, operands.k_scale, operands.v_scale, operands.v_start, operands.shift,
-        **bits_args, **sizes, tiles_ptr=launch_order(mask), table_ptr=table, order_ptr=order, out_ptr=out, lse_ptr=lse,
-        N=tokens, H=heads, ROW_BLOCKS=mask.query_blocks, q_scale=softmax_scale * LOG2_E,
-        QK="int8" if precision.qk == "int8" else "half", PV=precision.pv if eight_bits else "half",
-        HAS_LSE=return_lse, HAS_SHIFT=operands.shift is not None, DESCRIPTORS=tile.descriptors,
+    _sparse_kernel[(programs * split,)](
+        operands.q, k, v, **arguments, QK="int8" if precision.qk == "int8" else "half",
+        PV=precision.pv if eight_bits else "half", DESCRIPTORS=tile.descriptors,
         ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and precision.qk != "int8",
-        ROWS=rows, SPLIT=split, D=channels, D_PAD=d_pad, num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out, lse
 
 
-def tile_of(capability: tuple[int, int], precision: Precision, d_pad: int) -> Tile:
-    """The row of `TILES` for a GPU, a precision and a padded head dimension."""
+def tile_of(capability: tuple[int, int], precision: Precision, block: tuple[int, int], d_pad: int) -> Tile | Ring:
+    """How a GPU computes a precision, with these blocks and this padded head dimension."""
+    ring = RINGS.get((precision.pv, d_pad, block[1])) if precision.qk == "int8" else None
+    if ring and capability[0] == 9 and HAS_GLUON and not INTERPRETED:
+        return ring
     pv = precision.pv if precision.pv in ("int8", "fp8") else "half"
     known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= capability]
     return TILES[max(known), pv, d_pad]
