@@ -41,6 +41,7 @@ BLOCKS = ("64x64", "64x128", "128x128")
 HEADS = (64, 128)
 COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}
 ATTENTION = ("sparse", "hopper")
+TILE = ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS")
 TOKENS = 304
 
 
@@ -129,7 +130,9 @@ def report(
             continue
         known.add(same)
         variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else ""
-        tile = {key: kwargs[key] for key in ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS") if key in kwargs}
+        tile = {
+            key: kwargs[key] for key in ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS") if key in kwargs
+        }
         about = {"kernel": name, "arch": f"sm_{arch}", "precision": precision, "block": block, "head_dim": head_dim}
         row = about | {"dtype": dtype, "variant": variant, **{key.lower(): value for key, value in tile.items()}}
         rows.append(row | counts(compiled(kernel, args, kwargs, arch)))

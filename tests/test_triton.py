@@ -245,7 +245,7 @@ def test_the_portable_kernel_agrees_with_the_one_for_this_gpu(precision, block, 
     out, lse = case.run(precision)
     monkeypatch.setattr(sparse, "HAS_GLUON", False)
     portable, portable_lse = case.run(precision)
-    assert sqnr(out[case.real], portable[case.real]) >= 45
+    assert (out - portable)[case.real].norm() <= 5e-3 * portable[case.real].norm()
     assert (lse - portable_lse).transpose(1, 2)[case.real].abs().max() <= 1e-2
 
 
@@ -483,7 +483,7 @@ def test_kernels_compile_without_a_gpu(options):
     rows = compiled(*options, "--only", "int8/int8", "int8/fp8", "--block", "64x128", "--head-dim", "128")
     for arch in {row["arch"] for row in rows}:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        assert kernels == {"sum", "finish", "rows", "values", "lists", "sparse"}
+        assert kernels == {"sum", "finish", "rows", "values", "lists", "hopper" if arch == "sm_90" else "sparse"}
     for row in rows:
         check_counts(row)
 
