@@ -72,10 +72,15 @@ def _add(acc, pv, old_share, share, PV: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(stage, j, k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, KEYS: gl.constexpr):
+def _fetch(stage, j, k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
+           PV: gl.constexpr, KEYS: gl.constexpr):  # fmt: skip
     """Start the copy of key block j into a stage."""
     barrier = full.index(stage)
-    mbarrier.expect(barrier, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    if PV == "int8":
+        mbarrier.expect(barrier, k_desc.block_type.nbytes + v_desc.block_type.nbytes + start_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(start_desc, [start_row + j, 0], barrier, start_smem.index(stage))
+    else:
+        mbarrier.expect(barrier, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(k_desc, [k_row + j * KEYS, 0], barrier, k_smem.index(stage))
     tma.async_copy_global_to_shared(v_desc, [v_row, j * KEYS], barrier, v_smem.index(stage))
 
@@ -83,7 +88,7 @@ def _fetch(stage, j, k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, KEYS: g
 @gluon.jit
 def _step(
     i, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
-    k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, j, v_start_ptr,
+    k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
     PV: gl.constexpr, MASKED: gl.constexpr, KEYS: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: m, total and acc after the i-th kept block; next block and scale, asked early."""
@@ -95,10 +100,7 @@ def _step(
     s = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), bias, is_async=True)
     scale = q_scale * k_scale
     k_scale = gl.load(k_scale_ptr + following)
-    start_ptr = v_start_ptr
-    if PV == "int8":
-        start_ptr += j * D_PAD
-    j, following = following, gl.load(list_ptr + gl.minimum(i + 2, count - 1)).to(gl.int32)
+    following = gl.load(list_ptr + gl.minimum(i + 2, count - 1)).to(gl.int32)
     ahead = gl.load(list_ptr + gl.minimum(i + STAGES, count - 1)).to(gl.int32)
     s = warpgroup_mma_wait(0, deps=[s]).to(gl.float32, bitcast=True)
     if MASKED:
@@ -106,7 +108,7 @@ def _step(
     p, m, total, old_share, share = _weights(s, m, total, scale, PV, KEYS)
     p = _rounded(p, PV, gl.DotOperandLayout(0, OUT, 4))
     if PV == "int8":
-        start = gl.load(start_ptr + gl.arange(0, D_PAD, gl.SliceLayout(0, OUT)))
+        start = start_smem.index(stage).reshape([D_PAD]).load(gl.SliceLayout(0, OUT))
         start = gl.zeros([64, D_PAD], gl.int32, OUT) + start[None, :]
     else:
         start = gl.zeros([64, D_PAD], gl.float32, OUT)
@@ -114,13 +116,14 @@ def _step(
     pv = warpgroup_mma_wait(0, deps=[pv])
     _barrier()
     if i + STAGES < count:
-        _fetch(stage, ahead, k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, KEYS)
-    return m, total, _add(acc, pv, old_share, share, PV), j, following, k_scale
+        _fetch(stage, ahead, k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
+               PV, KEYS)  # fmt: skip
+    return m, total, _add(acc, pv, old_share, share, PV), following, k_scale
 
 
 @gluon.jit
 def _hopper_kernel(
-    q_desc, k_desc, v_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_start_ptr, shift_ptr,
+    q_desc, k_desc, v_desc, start_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
     lists_ptr, counts_ptr, bits_ptr, tiles_ptr, table_ptr, order_ptr, valid_ptr, out_ptr, lse_ptr,
     B, N, H, ROW_BLOCKS, KEY_BLOCKS, BYTES,
     PV: gl.constexpr, HAS_LSE: gl.constexpr, HAS_SHIFT: gl.constexpr,
@@ -150,6 +153,9 @@ def _hopper_kernel(
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [64, D_PAD], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, D_PAD], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D_PAD, KEYS], v_desc.layout)
+    start_smem = v_smem
+    if PV == "int8":
+        start_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1, D_PAD], start_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
@@ -157,34 +163,31 @@ def _hopper_kernel(
         mbarrier.init(full.index(slot), count=1)
     mbarrier.expect(q_full, q_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [q_row.to(gl.int32), 0], q_full, q_smem)
-    k_row, v_row = (bh * KEY_BLOCKS * KEYS).to(gl.int32), (bh * D_PAD).to(gl.int32)
+    start_row = (bh * KEY_BLOCKS).to(gl.int32)
+    k_row, v_row = start_row * KEYS, (bh * D_PAD).to(gl.int32)
     for slot in gl.static_range(STAGES):
         if slot < count:
-            _fetch(
-                slot, gl.load(list_ptr + slot).to(gl.int32), k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, KEYS
-            )
+            _fetch(slot, gl.load(list_ptr + slot).to(gl.int32), k_desc, k_row, v_desc, v_row, start_desc, start_row,
+                   k_smem, v_smem, start_smem, full, PV, KEYS)  # fmt: skip
 
     q_scale = gl.load(q_scale_ptr + q_row + rows)
     m = gl.full([64], -1e30, gl.float32, ROW)
     total = gl.zeros([64], gl.float32, ROW)
     acc = gl.zeros([64, D_PAD], gl.float32, OUT)
     mbarrier.wait(q_full, 0)
-    k_scale_ptr += bh * KEY_BLOCKS
-    if PV == "int8":
-        v_start_ptr += bh * KEY_BLOCKS * D_PAD
-    j = gl.load(list_ptr).to(gl.int32)
-    k_scale = gl.load(k_scale_ptr + j)
+    k_scale_ptr += start_row
+    k_scale = gl.load(k_scale_ptr + gl.load(list_ptr).to(gl.int32))
     following = gl.load(list_ptr + gl.where(count > 1, 1, 0)).to(gl.int32)
     for i in range(whole):
-        m, total, acc, j, following, k_scale = _step(
+        m, total, acc, following, k_scale = _step(
             i, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
-            k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, j, v_start_ptr,
+            k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
             PV, False, KEYS, D_PAD, STAGES,
         )  # fmt: skip
     if count > whole:
-        m, total, acc, j, following, k_scale = _step(
+        m, total, acc, following, k_scale = _step(
             whole, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
-            k_desc, k_row, v_desc, v_row, k_smem, v_smem, full, j, v_start_ptr,
+            k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
             PV, True, KEYS, D_PAD, STAGES,
         )  # fmt: skip
 
@@ -209,7 +212,7 @@ def _hopper_kernel(
         gl.store(lse_ptr + bh * N + position, gl.where(total > 0, lse, float("-inf")), mask=n < N)
 
 
-_ELEMENTS = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
+_ELEMENTS = {torch.int8: gl.int8, torch.int32: gl.int32, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 def launch(
@@ -238,7 +241,8 @@ def launch(
     split = rows // 64
     _hopper_kernel[(programs * split,)](
         _descriptor(q, [64, d_pad]), _descriptor(k, [keys, d_pad]), _descriptor(v, [d_pad, keys]),
-        v_start_ptr=v_start, SPLIT=split, D_PAD=d_pad, STAGES=stages, num_warps=4, maxnreg=registers, **arguments,
+        None if v_start is None else _descriptor(v_start, [1, d_pad]),
+        SPLIT=split, D_PAD=d_pad, STAGES=stages, num_warps=4, maxnreg=registers, **arguments,
     )  # fmt: skip
 
 
