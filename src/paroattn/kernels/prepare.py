@@ -177,38 +177,54 @@ def _rows_kernel(
     IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H)."""
+    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H).
+
+    The rotation of 128 channels is one of 64 on either half, their sum and their difference.
+    """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    place, d = tl.arange(0, TOKENS), tl.arange(0, D_PAD)
+    place, d = tl.arange(0, TOKENS), tl.arange(0, 64)
     limit = tl.load(valid_ptr + b).to(tl.int32) if IS_KEY else N
     row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
     x_ptr += b * stride_b + h * stride_h
     signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :])
-    if IS_KEY:
-        centre = tl.load(centre_ptr + bh * D_PAD + d)
-    if HAS_SHIFT:
-        mean = tl.load(mean_ptr + bh * D_PAD + d)
+    channels = bh * D_PAD + d
     first = tl.program_id(0) * AT_ONCE
     for block in range(first, tl.minimum(first + AT_ONCE, BLOCKS)):
         n = block * TOKENS + place
         real = n < limit
         position = tl.load(row_ptr + n, mask=real, other=0)
-        x = _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD)
-        rotated = _rotate(x, signs, ON_GPU) * norm
-        rows = bh * BLOCKS * TOKENS + n
-        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
+        x = _gather(x_ptr, stride_n, stride_d, position, real, D, 64)
+        left = _rotate(x, signs, ON_GPU) * norm
+        if D_PAD == 128:
+            y = _gather(x_ptr + 64 * stride_d, stride_n, stride_d, position, real, D - 64, 64)
+            right = _rotate(y, signs, ON_GPU) * norm
+            left, right = left + right, left - right
         if IS_KEY:
-            rotated = tl.where(real[:, None], rotated - centre[None, :], 0.0)
-            scale = tl.maximum(tl.max(tl.max(tl.abs(rotated), 1), 0) / 127.0, smallest)
-            tl.store(out, _round(rotated * (1.0 / scale)).to(tl.int8))
+            left = tl.where(real[:, None], left - tl.load(centre_ptr + channels)[None, :], 0.0)
+            if D_PAD == 128:
+                right = tl.where(real[:, None], right - tl.load(centre_ptr + channels + 64)[None, :], 0.0)
+        largest = tl.max(tl.abs(left), 1)
+        if D_PAD == 128:
+            largest = tl.maximum(largest, tl.max(tl.abs(right), 1))
+        rows = bh * BLOCKS * TOKENS + n
+        if IS_KEY:
+            scale = tl.maximum(tl.max(largest, 0) / 127.0, smallest)
             tl.store(scale_ptr + bh * BLOCKS + block, scale)
+            inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
         else:
-            scale = tl.maximum(tl.max(tl.abs(rotated), 1) / 127.0, smallest)
-            tl.store(out, _round(rotated * (1.0 / scale)[:, None]).to(tl.int8))
+            scale = tl.maximum(largest / 127.0, smallest)
             tl.store(scale_ptr + rows, scale * factor)
+            inverse = 1.0 / scale
+        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
+        tl.store(out, _round(left * inverse[:, None]).to(tl.int8))
+        if D_PAD == 128:
+            tl.store(out + 64, _round(right * inverse[:, None]).to(tl.int8))
         if HAS_SHIFT:
-            tl.store(shift_ptr + rows, tl.sum(x.to(tl.float32) * mean[None, :], 1) * softmax_scale)
+            shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
+            if D_PAD == 128:
+                shift += tl.sum(y.to(tl.float32) * tl.load(mean_ptr + channels + 64)[None, :], 1)
+            tl.store(shift_ptr + rows, shift * softmax_scale)
 
 
 @triton.jit
