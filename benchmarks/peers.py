@@ -112,7 +112,7 @@ def paro_authors(case: Case) -> Callable[[], Tensor]:
 
 
 def flash3(case: Case) -> Callable[[], Tensor]:
-    interface = wanted("flash_attn_interface")
+    interface = wanted("flash_attn_interface", "; no wheel of it is published")
     q, k, v = case.model
     return lambda: interface.flash_attn_func(q, k, v).transpose(1, 2)
 
@@ -123,8 +123,8 @@ def flash4(case: Case) -> Callable[[], Tensor]:
     return lambda: interface.flash_attn_func(q, k, v)[0].transpose(1, 2)
 
 
-def wanted(name: str) -> Any:
-    """Import a module of a peer.
+def wanted(name: str, remark: str = "") -> Any:
+    """Import a module of a peer; `remark` ends the reason if that fails.
 
     Raises:
         Missing: If it is not installed, or not for this machine.
@@ -132,7 +132,7 @@ def wanted(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise Missing(f"{name} cannot be imported: {error}") from error
+        raise Missing(f"{name} cannot be imported: {error}{remark}") from error
 
 
 PEERS = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention import MAIN_BLOCK, OURS, Inputs, Job, about, checked, own_call, prepared, significant
+from attention import MAIN_BLOCK, OURS, Inputs, Job, about, checked, own_call, own_kernel, significant
 from paroattn.block_mask import parse_block
 from paroattn.precision import Precision
 from records import merge
@@ -42,9 +42,11 @@ def measure(shape: Shape, precision: str, density: float, rounds: int = 30, devi
     call = checked(inputs, Job(OURS, precision, block, "even", density, "call", whole, reordered=True))
     source = torch.zeros(COPIED_BYTES if device.startswith("cuda") else 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    run = partial(prepared.__wrapped__, inputs, formats, size)
-    calls: dict[str, Callable[[], Any]] = {"prepare": run, "call": call, "copy": lambda: target.copy_(source)}
-    moved = moved_bytes(inputs, run()[0])
+    own_kernel(formats, size, inputs, inputs.kept("even", density))()
+    prepared = inputs.prepared[formats, size]
+    assert prepared.run
+    calls: dict[str, Callable[[], Any]] = {"prepare": prepared.run, "call": call, "copy": lambda: target.copy_(source)}
+    moved = moved_bytes(inputs, prepared.operands)
     times = (gpu_medians if device.startswith("cuda") else medians)(calls, rounds)
     speed = 2 * source.numel() / times["copy"]  # bytes per millisecond
     bound = moved / speed

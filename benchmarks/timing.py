@@ -1,5 +1,6 @@
 """Time of calls that are compared: taken in turns, so that a busy moment hits all of them alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,16 +32,20 @@ def gpu_milliseconds(
 ) -> dict[Any, list[float]]:
     """Milliseconds of calls that ran before, by events on the GPU, which does not wait there for Python's launches.
 
-    Slow calls take part in fewer rounds: until they have taken `enough` milliseconds, and in at least `LEAST_ROUNDS`.
+    Every round has another order, since what ran before decides how warm and how fast the GPU is. Slow calls take part
+    in fewer rounds: until they have taken `enough` milliseconds, and in at least `LEAST_ROUNDS`.
     """
-    times = {name: _elapsed([_timed(call)]) for name, call in calls.items()}
-    wanted = {name: max(LEAST_ROUNDS, enough / max(first, 1e-3)) for name, (first,) in times.items()}
+    times: dict[Any, list[float]] = {}
     events: dict[Any, list[tuple[Any, Any]]] = {name: [] for name in calls}
-    for current in range(1, rounds):
-        for name, call in calls.items():
-            if current < wanted[name]:
-                events[name].append(_timed(call))
-    return {name: first + _elapsed(events[name]) for name, first in times.items()}
+    names, order = list(calls), random.Random(0)
+    for current in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            if current == 0:
+                times[name] = _elapsed([_timed(calls[name])])
+            elif current < max(LEAST_ROUNDS, enough / max(times[name][0], 1e-3)):
+                events[name].append(_timed(calls[name]))
+    return {name: times[name] + _elapsed(events[name]) for name in calls}
 
 
 def medians(calls: Mapping[Any, Callable[[], Any]], rounds: int = 15, warm_up: int = 3) -> dict[Any, float]:

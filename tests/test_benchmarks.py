@@ -319,13 +319,15 @@ def test_rows_are_merged_by_key_and_a_null_never_replaces_a_time(tmp_path, exact
 # Time
 
 
-def test_slow_calls_take_part_in_fewer_rounds_and_all_take_turns(monkeypatch):
+def test_slow_calls_take_part_in_fewer_rounds_and_rounds_have_another_order(monkeypatch):
     played = []
     monkeypatch.setattr(timing, "_timed", lambda call: (played.append(call()), call())[1])
     monkeypatch.setattr(timing, "_elapsed", list)
-    times = timing.gpu_milliseconds({"slow": lambda: 100.0, "fast": lambda: 10.0}, rounds=12, enough=50.0)
-    assert {name: len(each) for name, each in times.items()} == {"slow": 3, "fast": 5}
-    assert played == [100.0, 10.0, 100.0, 10.0, 100.0, 10.0, 10.0, 10.0]
+    calls = {"slow": lambda: 100.0, "fast": lambda: 10.0, "short": lambda: 1.0}
+    times = timing.gpu_milliseconds(calls, rounds=12, enough=50.0)
+    assert {name: len(each) for name, each in times.items()} == {"slow": 3, "fast": 5, "short": 12}
+    assert [sorted(played[at : at + 3]) for at in (0, 3, 6)] == [[1.0, 10.0, 100.0]] * 3
+    assert len({tuple(played[at : at + 3]) for at in (0, 3, 6)}) > 1
     assert timing.gpu_medians({"one": lambda: 4.0}, rounds=3) == {"one": 4.0}
 
 
@@ -335,9 +337,8 @@ def test_preparing_is_held_against_the_bytes_that_it_must_move(monkeypatch):
     row = prepare.measure(shape, "int8/int8", 1.0, rounds=1, device="cpu")
     read = 3 * 2 * 140 * 64 * 2  # q, k, v in bf16
     blocks = blocks_of(140, 64) * 64, blocks_of(140, 128) * 128
-    stored = 2 * 64 * (blocks[0] + 2 * blocks[1])
-    scales = 4 * 2 * (blocks[0] + blocks[1] // 128 + 64 + blocks[1] // 128 * 64)
-    assert row["bytes"] == read + stored + scales
+    stored = 2 * 64 * (blocks[0] + 2 * blocks[1])  # in 8 bits, whole blocks
+    assert read + stored < row["bytes"] < 1.1 * (read + stored)  # and scales
     assert row["over_bound"] == pytest.approx(row["ms"] / row["bound_ms"], rel=2e-3)
     assert row["bound_ms"] == pytest.approx(row["bytes"] / row["copy_tb_per_s"] / 1e9, rel=2e-3)
     assert row["share_of_call"] == pytest.approx(row["ms"] / row["call_ms"], rel=2e-3)
