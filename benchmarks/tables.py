@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md")
+PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md")
+GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 RULE_NAMES = {
     ("none", "mass", "global"): "no reorder, mass, one threshold",
@@ -129,7 +130,75 @@ def numerics() -> str:
     return table(["signal to noise of the attention output, dB", "INT8", "INT4"], lines) + note
 
 
-TABLES: dict[str, Callable[[], str]] = {"fidelity": fidelity, "attention": attention, "numerics": numerics}
+def attention_gpu() -> str:
+    """Whole calls at shapes of real models: one line per implementation, one column per density."""
+
+    def cell(row: dict) -> str:
+        return (
+            f"{row['ms']:.3g} ms, {row['speedup_vs_cudnn']:.2f}×" if row["speedup_vs_cudnn"] else f"{row['ms']:.3g} ms"
+        )
+
+    text = ""
+    for gpu in GPUS:
+        rows = [row for row in rows_of(f"attention_{gpu}") if (row["includes"], row["mask"]) == ("call", "even")]
+        text += by_density(rows, ("shape", "impl", "precision", "block"), "time, against cuDNN's dense bf16", cell)
+        reasons = {row["impl"]: row["reason"] for row in rows if row["ms"] is None and row["density"] == 1}
+        timed = {row["impl"] for row in rows if row["ms"] is not None}
+        text += "".join(f"\nNot measured: {impl}, {why}.\n" for impl, why in reasons.items() if impl not in timed)
+    return text or NOTHING
+
+
+def kernels_gpu() -> str:
+    """Our kernels alone: one line per precision, block and kind of mask, one column per density."""
+    text = ""
+    for gpu in GPUS:
+        rows = [row for row in rows_of(f"attention_{gpu}") if row["includes"] == "kernel"]
+        names = ("shape", "precision", "block", "mask")
+        text += by_density(rows, names, "useful TFLOP/s", lambda row: f"{row['useful_tflops']:.0f}")
+    return text or NOTHING
+
+
+def prepare_gpu() -> str:
+    """What preparing costs."""
+    rows = [row for gpu in GPUS for row in rows_of(f"prepare_{gpu}")]
+    lines = [
+        [
+            f"{row['shape']}, {row['precision']}",
+            f"{row['ms']:.3g}",
+            f"{row['bound_ms']:.3g}",
+            f"{row['over_bound']:.2f}×",
+            f"{row['share_of_call']:.1%} at density {row['density']:g}",
+        ]
+        for row in rows
+    ]
+    head = ["shape, precision", "ms", "copy of as many bytes, ms", "over it", "share of a whole call"]
+    return table(head, lines) + f"\n{where(rows)}.\n" if rows else NOTHING
+
+
+def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callable[[dict], str]) -> str:
+    """A table with a line for each combination of the fields `names` and a column for each density; none, no table."""
+    timed = [row for row in rows if row["ms"] is not None]
+    densities = sorted({row["density"] for row in timed}, reverse=True)
+    lines: dict[tuple, dict[float, str]] = {}
+    for row in timed:
+        lines.setdefault(tuple(row[name] for name in names), {})[row["density"]] = cell(row)
+    cells = [
+        [", ".join(name for name in line if name), *(found.get(density, "–") for density in densities)]
+        for line, found in lines.items()
+    ]
+    columns = [head, *(f"density {density:g}" for density in densities)]
+    return table(columns, cells) + f"\n{where(timed)}.\n" if timed else ""
+
+
+NOTHING = "Not measured yet.\n"
+TABLES: dict[str, Callable[[], str]] = {
+    "fidelity": fidelity,
+    "attention": attention,
+    "numerics": numerics,
+    "attention-gpu": attention_gpu,
+    "kernels-gpu": kernels_gpu,
+    "prepare-gpu": prepare_gpu,
+}
 
 
 def filled(page: str) -> str:

@@ -1,0 +1,396 @@
+"""Benchmarks of attention on a GPU: shapes, masks, the gate, rows and tables, all on a CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attention as benchmark
+import peers
+import prepare
+import records
+import shapes
+import tables
+import timing
+from paroattn.block_mask import blocks_of
+from paroattn.grid import Grid, TextSpan
+from shapes import SHAPES, Shape
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {
+    "date", "device", "torch", "triton", "shape", "batch", "heads", "tokens", "head_dim", "impl", "precision", "block",
+    "mask", "density", "ms", "useful_tflops", "speedup_vs_cudnn", "includes",
+}  # fmt: skip
+TINY = Shape("tiny", 3, 64, Grid(3, 7, 19), TextSpan(30, "prefix"))  # 399 + 30 tokens: 3.35 blocks of 128
+VIDEO = Shape("video", 6, 64, Grid(5, 16, 27))  # 2160 tokens: 16.9 blocks of 128
+PRECISION = "bf16/bf16"
+
+
+def by_token(kept, tokens, block):
+    """A mask as pairs of tokens, (H, N, N)."""
+    rows, columns = (torch.arange(tokens) // size for size in block)
+    return kept[:, rows][:, :, columns]
+
+
+def exact_attention(case):
+    """Attention in float64 as a peer: (B, H, N, D)."""
+    q, k, v = (x.double() for x in case.heads_first)
+    allowed = by_token(case.kept, q.shape[2], shapes.DRAWN)
+    scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~allowed, -torch.inf)
+    return lambda: (scores.softmax(-1) @ v).bfloat16()
+
+
+@pytest.fixture
+def exact_peers(monkeypatch):
+    """The baseline and a sparse peer "sound", both exact and fast on a CPU."""
+    monkeypatch.setitem(benchmark.PEERS, "cudnn", peers.Peer(exact_attention, PRECISION))
+    monkeypatch.setitem(benchmark.PEERS, "sound", peers.Peer(exact_attention, PRECISION, "128x128"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make small products slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def measured(*impls, densities=(1.0, 0.8), shape=TINY, **settings):
+    choice = benchmark.Choice(impls=impls, densities=densities, **settings)
+    return benchmark.measure(shape, choice, rounds=1, device="cpu")
+
+
+# Shapes and masks
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("cogvideox-5b", (1, 17776, 48, 64)),
+        ("wan-14b-480p", (1, 32760, 40, 128)),
+        ("wan-14b-720p", (1, 75600, 40, 128)),
+        ("hunyuanvideo-720p", (1, 119056, 24, 128)),
+        ("flux-1024", (1, 4608, 24, 128)),
+    ],
+)
+def test_grids_and_text_add_up_to_the_models_sequences(name, size):
+    assert SHAPES[name].size == size
+    assert set(SHAPES) == {"cogvideox-5b", "wan-14b-480p", "wan-14b-720p", "hunyuanvideo-720p", "flux-1024"}
+
+
+def test_heads_read_in_all_orders_in_turn():
+    table, order = TINY.orders("cpu")
+    assert table.shape == (6, TINY.tokens)
+    assert order.tolist() == [0, 1, 2]
+
+
+def test_tensors_have_heads_of_different_strength_and_a_mean_in_k():
+    q, k, v = shapes.tensors(VIDEO, "cpu")
+    for x in (q, k, v):
+        assert x.shape == VIDEO.size
+        assert x.dtype == torch.bfloat16
+    assert 1.6 < q[..., -1, :].float().std() / q[..., 0, :].float().std() < 2.4
+    assert k.float().mean(1).std() > 1.5
+    assert not torch.equal(q, k)
+
+
+@pytest.mark.parametrize("shape", [TINY, VIDEO], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("block", [(128, 128), (64, 128), (128, 64), (64, 64)], ids=str)
+def test_smaller_blocks_keep_exactly_the_same_tokens(shape, block):
+    kept = shapes.draw(shape, 0.7)
+    mask = shapes.block_mask(kept, shape.tokens, block)
+    assert (mask.query_blocks, mask.key_blocks) == tuple(blocks_of(shape.tokens, size) for size in block)
+    wanted = by_token(kept, shape.tokens, shapes.DRAWN)
+    assert torch.equal(by_token(mask.dense(), shape.tokens, block), wanted)
+    assert shapes.kept_pairs(kept, shape.tokens) == wanted.sum().item()
+
+
+def test_blocks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="must divide 128×128; got 96×64"):
+        shapes.divided(shapes.draw(TINY, 1.0), TINY.tokens, (96, 64))
+
+
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.3, 0.2, 0.1])
+@pytest.mark.parametrize("name", ["wan-14b-480p", "cogvideox-5b"])
+def test_uneven_heads_reach_from_0_05_to_1_with_the_asked_mean(name, density):
+    densities = shapes.head_densities(SHAPES[name], density, "uneven")
+    assert densities.mean().item() == pytest.approx(density, abs=1e-6)
+    assert (densities.min().item(), densities.max().item()) == pytest.approx((0.05, 1.0), abs=1e-6)
+    assert not torch.equal(densities, densities.sort().values)
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven"])
+@pytest.mark.parametrize("density", [0.5, 0.25])
+def test_masks_have_the_asked_density_and_differ_between_heads(kind, density):
+    kept = shapes.draw(VIDEO, density, kind)
+    each = kept.double().mean((1, 2))
+    assert each.mean().item() == pytest.approx(density, abs=0.003)
+    assert each.std().item() < 0.002 if kind == "even" else each.std().item() > 0.2
+    assert not torch.equal(kept[0], kept[1])
+    assert kept.any(-1).all()
+
+
+def test_text_is_dense_and_counts_towards_the_density():
+    shape = Shape("text", 2, 64, Grid(5, 16, 27), TextSpan(200, "suffix"))
+    kept = shapes.draw(shape, 0.4)
+    assert shapes.text_blocks(shape, 128) == 16
+    assert kept[:, 16:].all()
+    assert kept[:, :, 16:].all()
+    assert not kept[:, :16, :16].all()
+    assert kept.double().mean().item() == pytest.approx(0.4, abs=0.003)
+
+
+@pytest.mark.parametrize("density", [0.2, 1.5])
+def test_a_density_that_text_does_not_leave_is_refused(density):
+    shape = SHAPES["flux-1024"]
+    with pytest.raises(ValueError, match=rf"must be 0\.235…1\.000 for even heads.*got {density}"):
+        shapes.draw(shape, density)
+    assert shapes.draw(shape, 0.3).double().mean().item() == pytest.approx(0.3, abs=1e-3)
+
+
+def test_few_heads_cannot_be_uneven_at_every_mean():
+    least, most = shapes.reachable(VIDEO, "uneven")
+    assert least == pytest.approx(1 / 17 + 16 / 17 / 6)
+    for density in (least - 0.01, most + 0.01):
+        with pytest.raises(ValueError, match="for uneven heads"):
+            shapes.head_densities(VIDEO, density, "uneven")
+    assert shapes.head_densities(VIDEO, least, "uneven").sort().values.tolist() == pytest.approx([1 / 17] * 5 + [1.0])
+
+
+def test_uneven_heads_keep_text_too():
+    assert shapes.head_densities(SHAPES["flux-1024"], 0.5, "uneven").min().item() == pytest.approx(0.2346, abs=1e-4)
+
+
+# The gate
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), TINY], ids=lambda shape: shape.name)
+def test_samples_are_64_blocks_over_all_heads_both_ends_and_text(shape):
+    samples = benchmark.samples(shape)
+    assert len(samples) >= 64
+    assert {head for _, head, _ in samples} == set(range(shape.heads))
+    blocks = {block for *_, block in samples}
+    last = blocks_of(shape.tokens, 128) - 1
+    assert {0, last, min(shapes.text_blocks(shape, 128), last)} <= blocks
+    assert blocks <= set(range(last + 1))
+
+
+def test_what_is_exact_agrees_with_a_softmax_under_the_token_mask():
+    inputs = benchmark.Inputs(TINY, "cpu")
+    kept = inputs.kept("even", 0.8)
+    out = exact_attention(peers.Case(inputs.model, inputs.heads_first, kept))()
+    for _, head, block in inputs.samples:
+        q, k, v = (x[0, head] for x in inputs.heads_first)
+        right = benchmark.exact(q, k, v, kept[head, block], block)
+        rows = out[0, head, block * 128 : (block + 1) * 128].double()
+        assert (rows - right).norm() / right.norm() < 3e-3
+
+
+def drop_a_block(case):
+    kept = case.kept.clone()
+    kept[2, 1] = kept[2, 1] & (torch.arange(kept.shape[-1]) != kept[2, 1].nonzero()[0])
+    return exact_attention(peers.Case(case.model, case.heads_first, kept))
+
+
+def swap_heads(case):
+    call = exact_attention(case)
+    return lambda: call()[:, [1, 0, 2]]
+
+
+def spoil(value, head, row):
+    def wrong(case):
+        out = exact_attention(case)()
+        out[0, head, row] = value
+        return lambda: out
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [drop_a_block, swap_heads, spoil(0, 0, -1), spoil(float("nan"), 1, 200), spoil(float("inf"), 2, 399)],
+    ids=["dropped block", "swapped heads", "last row 0", "NaN", "infinity in text"],
+)
+def test_a_wrong_kernel_is_not_timed(exact_peers, monkeypatch, wrong):
+    monkeypatch.setitem(benchmark.PEERS, "wrong", peers.Peer(wrong, PRECISION, "128x128"))
+    rows = {row["impl"]: row for row in measured("sound", "wrong", densities=(0.8,))}
+    assert rows["sound"]["ms"] > 0
+    assert rows["wrong"]["ms"] is None
+    assert "off from float64" in rows["wrong"]["reason"]
+
+
+def test_an_own_kernel_that_ignores_the_order_is_not_timed(exact_peers, monkeypatch):
+    def unordered(q, k, v, mask, *, table, order, precision, impl):
+        return exact_attention(peers.Case((q, k, v), tuple(x.transpose(1, 2) for x in (q, k, v)), kept))().transpose(
+            1, 2
+        )
+
+    kept = shapes.draw(TINY, 0.8)
+    monkeypatch.setattr(benchmark, "attention", unordered)
+    monkeypatch.setattr(benchmark, "own_kernel", benchmark.own_call)
+    rows = measured("paroattn", densities=(0.8,), precisions=("int8/int8",), blocks=("64x128",), masks=("even",))
+    assert [row["ms"] is None for row in rows if row["impl"] == "paroattn"] == [True, True]
+
+
+def test_our_kernels_pass_the_gate(exact_peers, monkeypatch):
+    shape = Shape("small", 2, 64, Grid(2, 5, 14), TextSpan(20, "suffix"))
+    monkeypatch.setattr(benchmark, "SAMPLES", 6)
+    monkeypatch.setattr(benchmark, "medians", lambda calls, rounds: {job: 1.0 for job in calls})
+    settings = {"densities": (1.0,), "precisions": ("int8/int8",), "blocks": ("64x128",), "masks": ("even",)}
+    rows = measured("paroattn", shape=shape, **settings)
+    ours = [row for row in rows if row["impl"] == "paroattn"]
+    assert [row["includes"] for row in ours] == ["call", "kernel"]
+    for row in ours:
+        assert row["ms"] > 0, row
+        assert set(row) == FIELDS
+
+
+# Rows
+
+
+def test_rows_have_all_fields_and_honest_numbers(exact_peers):
+    rows = measured("sound")
+    assert [(row["impl"], row["density"], row["block"]) for row in rows] == [
+        ("cudnn", 1.0, None), ("sound", 1.0, "128x128"), ("sound", 0.8, "128x128"),
+    ]  # fmt: skip
+    baseline, _, sparse = rows
+    for row in rows:
+        assert set(row) == FIELDS
+        assert (row["shape"], row["batch"], row["tokens"], row["heads"], row["head_dim"]) == ("tiny", 1, 429, 3, 64)
+        assert (row["mask"], row["includes"], row["precision"]) == ("even", "call", PRECISION)
+    assert baseline["speedup_vs_cudnn"] == 1
+    assert sparse["speedup_vs_cudnn"] == pytest.approx(baseline["ms"] / sparse["ms"], rel=2e-3)
+    pairs = by_token(shapes.draw(TINY, 0.8), TINY.tokens, shapes.DRAWN).sum().item()
+    assert sparse["useful_tflops"] == pytest.approx(4 * 64 * pairs / sparse["ms"] / 1e9, rel=2e-3)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_what_cannot_run_gives_a_row_that_says_why(exact_peers, monkeypatch):
+    def broken(case):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setitem(benchmark.PEERS, "broken", peers.Peer(broken, PRECISION))
+    monkeypatch.setattr(peers, "import_module", missing)
+    rows = {row["impl"]: row for row in measured("sage2", "broken", "sound", densities=(0.3,))}
+    assert rows["sage2"]["reason"] == "sageattention cannot be imported: No module named 'sageattention'"
+    assert rows["broken"]["reason"] == "RuntimeError: no kernel image"
+    assert "text and the diagonal" in rows["sound"]["reason"]
+    for name in ("sage2", "broken", "sound"):
+        assert set(rows[name]) == FIELDS | {"reason"}
+        assert all(rows[name][number] is None for number in ("ms", "useful_tflops", "speedup_vs_cudnn"))
+
+
+def missing(name):
+    raise ImportError(f"No module named {name!r}")
+
+
+def test_jobs_cover_the_full_table():
+    jobs = list(benchmark.jobs(SHAPES["wan-14b-480p"], benchmark.Choice()))
+    keys = [tuple(job.about.values()) for job in jobs]
+    assert len(keys) == len(set(keys))
+    assert jobs[0].impl == "cudnn"
+    ours = {(job.precision, job.block, job.mask, job.density) for job in jobs if job.impl == "paroattn"}
+    for precision in ("int8/fp8", "int8/int8"):
+        assert {(precision, "128x128", "even", density) for density in (1.0, 0.5, 0.3, 0.2, 0.1)} <= ours
+        assert {(precision, "128x128", "uneven", density) for density in (0.5, 0.3, 0.2, 0.1)} <= ours
+    assert ("int8/fp8", "64x64", "even", 0.2) in ours
+    assert {job.impl for job in jobs} == {"paroattn", *peers.PEERS}
+    assert {job.density for job in jobs if job.impl in ("flex", "sparge", "paro-authors")} == {1.0, 0.5, 0.3, 0.2, 0.1}
+
+
+def test_rows_are_merged_by_key_and_a_null_never_replaces_a_time(tmp_path, exact_peers):
+    path = tmp_path / "result.json"
+    rows = measured("sound", "flash3")
+    benchmark.save(path, rows)
+    later = [row | {"ms": 7.0, "speedup_vs_cudnn": 2.0} for row in rows if row["impl"] == "flash3"]
+    later += [row | {"ms": None, "reason": "gone"} for row in rows if row["impl"] == "sound"]
+    later += [row | {"device": "another"} for row in rows if row["impl"] == "cudnn"]
+    benchmark.save(path, later)
+    merged = json.loads(path.read_text())["rows"]
+    assert len(merged) == len(rows) + 1
+    assert {row["ms"] for row in merged if row["impl"] == "flash3"} == {7.0}
+    assert all(row["ms"] for row in merged if row["impl"] == "sound")
+
+
+# Time
+
+
+def test_slow_calls_take_part_in_fewer_rounds_and_rounds_have_another_order(monkeypatch):
+    played = []
+    monkeypatch.setattr(timing, "_timed", lambda call: (played.append(call()), call())[1])
+    monkeypatch.setattr(timing, "_elapsed", list)
+    calls = {"slow": lambda: 100.0, "fast": lambda: 10.0, "short": lambda: 1.0}
+    times = timing.gpu_milliseconds(calls, rounds=12, enough=50.0)
+    assert {name: len(each) for name, each in times.items()} == {"slow": 3, "fast": 5, "short": 12}
+    assert [sorted(played[at : at + 3]) for at in (0, 3, 6)] == [[1.0, 10.0, 100.0]] * 3
+    assert len({tuple(played[at : at + 3]) for at in (0, 3, 6)}) > 1
+    assert timing.gpu_medians({"one": lambda: 4.0}, rounds=3) == {"one": 4.0}
+
+
+def test_preparing_is_held_against_the_bytes_that_it_must_move(monkeypatch):
+    shape = Shape("tiny", 2, 64, Grid(2, 5, 14))
+    monkeypatch.setattr(prepare, "checked", lambda inputs, job: lambda: None)
+    row = prepare.measure(shape, "int8/int8", 1.0, rounds=1, device="cpu")
+    read = 3 * 2 * 140 * 64 * 2  # q, k, v in bf16
+    blocks = blocks_of(140, 64) * 64, blocks_of(140, 128) * 128
+    stored = 2 * 64 * (blocks[0] + 2 * blocks[1])  # in 8 bits, whole blocks
+    assert read + stored < row["bytes"] < 1.1 * (read + stored)  # and scales
+    assert row["over_bound"] == pytest.approx(row["ms"] / row["bound_ms"], rel=2e-3)
+    assert row["bound_ms"] == pytest.approx(row["bytes"] / row["copy_tb_per_s"] / 1e9, rel=2e-3)
+    assert row["share_of_call"] == pytest.approx(row["ms"] / row["call_ms"], rel=2e-3)
+    assert set(prepare.KEY) <= set(row)
+
+
+# Command line and tables
+
+
+@pytest.mark.parametrize("script", ["attention.py", "prepare.py"])
+def test_scripts_say_what_they_do(script):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT / "src")})
+    assert "--shape" in said.stdout
+    assert "--out" in said.stdout
+
+
+def test_the_command_writes_rows_and_fails_if_ours_is_wrong(tmp_path, monkeypatch, exact_peers, capsys):
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(benchmark, "attention", lambda q, *rest, **settings: torch.zeros_like(q))
+    monkeypatch.setattr(benchmark, "own_kernel", benchmark.own_call)
+    out = tmp_path / "attention.json"
+    common = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--densities", "0.8", "--out", str(out)]
+    assert benchmark.main([*common, "--impls", "cudnn"]) == 0
+    assert benchmark.main([*common, "--impls", "paroattn", "--blocks", "64x128", "--masks", "even"]) == 1
+    assert {row["impl"] for row in json.loads(out.read_text())["rows"]} == {"cudnn", "paroattn"}
+    assert "off from float64" in capsys.readouterr().out
+
+
+def result(**fields):
+    names = {"device": "NVIDIA H200", "torch": "2.11.0", "date": "2026-01-01", "shape": "wan-14b-480p"}
+    row = names | {"impl": "paroattn", "precision": "int8/fp8", "block": "128x128", "mask": "even", "density": 0.2}
+    return row | {"includes": "call", "ms": 6.25, "useful_tflops": 700.4, "speedup_vs_cudnn": 5.5} | fields
+
+
+def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert {tables.attention_gpu(), tables.kernels_gpu(), tables.prepare_gpu()} == {"Not measured yet.\n"}
+    rows = [
+        result(impl="cudnn", precision="bf16/bf16", block=None, density=1.0, ms=34.32, speedup_vs_cudnn=1.0),
+        result(),
+        result(includes="kernel", mask="uneven"),
+        result(impl="flash3", density=1.0, ms=None, useful_tflops=None, speedup_vs_cudnn=None, reason="no wheel"),
+        result(impl="sparge", density=1.0, ms=None, useful_tflops=None, speedup_vs_cudnn=None, reason="too long"),
+        result(impl="sparge", speedup_vs_cudnn=None),
+    ]
+    records.merge(tmp_path / "attention_h200.json", rows, benchmark.KEY)
+    text = tables.attention_gpu()
+    assert "| wan-14b-480p, cudnn, bf16/bf16 | 34.3 ms, 1.00× | – |" in text
+    assert "| wan-14b-480p, paroattn, int8/fp8, 128x128 | – | 6.25 ms, 5.50× |" in text
+    assert "| wan-14b-480p, sparge, int8/fp8, 128x128 | – | 6.25 ms |" in text
+    assert "Not measured: flash3, no wheel." in text
+    assert "too long" not in text
+    assert "NVIDIA H200, PyTorch 2.11.0, 2026-01-01." in text
+    assert "| wan-14b-480p, int8/fp8, 128x128, uneven | 700 |" in tables.kernels_gpu()
