@@ -83,6 +83,7 @@ def _describe_phase(layer: Layer, phase: int, grid: Grid) -> dict[str, Any]:
         "density": _mean((mask.with_text(grid.tokens, text).density, count) for text, count in calls.items()),
         "sparse_calls": sum(calls.values()),
         "precision": list(precision) if isinstance(precision, tuple) else str(precision),
+        "impl": layer.ran.get(phase),
     }
 
 
