@@ -125,6 +125,7 @@ class BlockMask:
         """
         if self._launch_order is not None:
             return self._launch_order
+        self._check_one_phase()
         counts = self.dense().sum(-1)  # (H, Nq)
         heads = counts.sum(-1).argsort(descending=True, stable=True)
         rows = counts.argsort(descending=True, stable=True)

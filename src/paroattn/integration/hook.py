@@ -25,6 +25,7 @@ from .schedule import NoiseSchedule, branch_of
 
 HOOK = "paroattn"
 ON_REQUEST = "inside paroattn.dense"
+_eager: Any = torch.compiler.disable  # its annotations hide that a method stays one
 
 
 class CallContext(StateManager):
@@ -105,7 +106,7 @@ class PlanHook(ModelHook):
         _forget_children(transformer)
         self.strict = False  # a processor that someone kept runs dense
 
-    @torch.compiler.disable
+    @_eager
     def before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at a call and decide how its layers run."""
         arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments

@@ -104,10 +104,10 @@ def _table(name: str, part: dict[str, Any]) -> str:
     if part["replaced_layers"]:
         lines.append(f"  processors replaced by someone else: {', '.join(part['replaced_layers'])}")
     width = max(map(len, part["layers"]))
-    lines.append(f"  {'layer':{width}}  density  sparse  dense  density by phase (calls, precision)")
+    lines.append(f"  {'layer':{width}}  density  sparse  dense  density by phase (calls, precision, implementation)")
     for layer, row in part["layers"].items():
         phases = "  ".join(
-            f"{_number(each['density'])} ({each['sparse_calls']}, {_precision(each['precision'])})"
+            f"{_number(each['density'])} ({each['sparse_calls']}, {_precision(each['precision'])}{_ran(each['impl'])})"
             for each in row["phases"]
         )
         dense = sum(row["dense_calls"].values())
@@ -121,6 +121,10 @@ def _outcome(kind: str) -> str:
 
 def _number(density: float | None) -> str:
     return "-" if density is None else f"{density:.3f}"
+
+
+def _ran(impl: str | None) -> str:
+    return "" if impl is None else f", {impl}"
 
 
 def _precision(precision: str | list[str]) -> str:

@@ -78,7 +78,6 @@ TILES |= {((10, 0), *key): tile for (lowest, *key), tile in TILES.items() if low
 """The highest capability that the GPU has wins."""
 
 
-
 @triton.jit
 def _exp2(x, ASSEMBLY: tl.constexpr):
     """2ˣ without the code for denormals that `tl.exp2` adds."""
