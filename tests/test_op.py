@@ -460,8 +460,8 @@ def test_a_call_on_a_gpu_never_waits_for_it():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bf16", "int8", "int8/fp8"])
-def test_offsets_beyond_32_bits_are_right(precision):
+@pytest.mark.parametrize(("precision", "decibels"), [("bf16", 45), ("int8", 32), ("int8/fp8", 26)])
+def test_offsets_beyond_32_bits_are_right(precision, decibels):
     """More than 2³¹ elements in q, k, v, out and in every operand; about 45 GB."""
     heads, dim, size = 40, 128, 128
     tokens = 2**31 // (heads * dim) + 300
@@ -492,6 +492,6 @@ def test_offsets_beyond_32_bits_are_right(precision):
             keys = torch.cat([index[j * size : (j + 1) * size] for j in sorted({block, count - 1 - block})])
             scores = q[0, rows, head].double() @ k[0, keys, head].double().T / dim**0.5
             expected = scores.softmax(-1) @ v[0, keys, head].double()
-            assert sqnr(out[0, rows, head], expected) >= 30, (head, block)
+            assert sqnr(out[0, rows, head], expected) >= decibels, (head, block)
             torch.testing.assert_close(lse[0, head, rows].double(), scores.logsumexp(-1), atol=2e-2, rtol=0)
     assert out[0, last].isfinite().all()

@@ -38,6 +38,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention over the kept blocks, each head reading the tokens in its own order.
 
+    Inside torch.compile this is one node of the graph, shared by all calls of the same shapes and precision, and a CUDA
+    graph captures it once it has run. Values of `table` and `order` are checked when a tensor is first seen outside of
+    both.
+
     Args:
         q: (B, N, H, D) in the model's token order; float64, float32, float16 or bfloat16.
         k: Like q.
@@ -52,7 +56,9 @@ def attention(
         precision: Formats of the two products, such as "int8", for all heads or one per head. None: the tensors' own.
         softmax_scale: Factor on q·k. None: 1 / √D.
         return_lse: Return lse too.
-        impl: "auto", or one of `IMPLEMENTATIONS`.
+        impl: "cpu", "triton", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the reference
+            for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU because no
+            kernel handles the formats, blocks or head dimension, a warning says why, once.
 
     Returns:
         out (B, N, H, D) in the model's order and q's dtype; with `return_lse` also lse (B, H, N) in the model's order,
@@ -62,6 +68,7 @@ def attention(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If arguments do not fit each other, a gradient is wanted, or `impl` cannot do what is asked.
+        RuntimeError: If the GPU lacks a format, or Triton or what it needs is missing.
     """
     _check_tensors(q, k, v)
     _check_mask(mask, q)
