@@ -972,6 +972,9 @@ class TestCompilation:
                 expected = forward(plain, **inputs)
                 assert difference(forward(compiled, **inputs), expected) < 1e-5
         assert counters["stats"]["unique_graphs"] == 1
+        hook: Any = hook_of(compiled)
+        for layer in hook.layers.values():  # compiled code would not have kept it
+            assert (layer.operands.mask._launch_order is not None) == (impl == "triton")
         with dense(compiled), dense(plain):
             assert difference(forward(compiled, **inputs), forward(plain, **inputs)) < 1e-5
         assert counters["stats"]["unique_graphs"] == 2
