@@ -28,6 +28,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from tiny_models import (
+    BLOCK,
     GRID,
     TWO_PHASES,
     TinyPipeline,
@@ -38,13 +39,15 @@ from tiny_models import (
     wan_inputs,
     whole,
 )
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from paroattn.block_mask import blocks_of
-from paroattn.grid import Grid, TextSpan
+from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration import backend, models
 from paroattn.integration.apply import apply, dense, recording, remove, report, set_noise_level
 from paroattn.integration.backend import Layer
+from paroattn.integration.hook import hook_of
 from paroattn.integration.models import ModelSpec, latent_grid, register_model, self_attentions, spec_of
 from paroattn.integration.processor import planned_processor
 from paroattn.integration.schedule import noise_levels
@@ -230,6 +233,17 @@ class TestWhatIsComputed:
         assert [id(call["mask"]) for call in seen[:2]] == [id(call["mask"]) for call in seen[2:]]
         orders = {order for layer in random_plan().layers.values() for order in layer.orders}
         assert seen[0]["table"].shape == (len(orders), GRID.tokens)
+
+    def test_inputs_that_move_on_their_way_find_the_operands_where_they_are(self):
+        model = tiny_wan()
+        apply(model, random_plan())
+        hook: Any = hook_of(model)
+        expected, layer = forward(model), next(iter(hook.layers.values()))
+        there, elsewhere = layer.operands, layer.follow(0, Layout(GRID), torch.device("meta"))
+        assert [x.device.type for x in (elsewhere.mask.bits, elsewhere.table, elsewhere.order)] == ["meta"] * 3
+        assert layer.operands_on(torch.device("cpu")) is there
+        assert layer.operands is there
+        assert torch.equal(forward(model), expected)
 
     def test_grad_is_refused_and_the_model_works_afterwards(self):
         model = tiny_wan()
@@ -736,6 +750,28 @@ class TestReport:
         assert json.loads(json.dumps(report(pipe).to_dict())) == report(pipe).to_dict()
         assert f"executed density {total:.3f}" in str(report(pipe))
 
+    @pytest.mark.parametrize(
+        ("setting", "expected"),
+        [({}, "cpu"), ({"precision": "int8"}, "reference"), ({"impl": "reference"}, "reference")],
+    )
+    def test_what_ran_is_said_for_every_phase_that_ran(self, setting, expected):
+        model = tiny_wan()
+        apply(model, random_plan(phases=TWO_PHASES), **setting)
+        set_noise_level(model, 0.1)
+        for _ in range(2):
+            forward(model)
+        for row in report(model).to_dict()["transformer"]["layers"].values():
+            assert [phase["impl"] for phase in row["phases"]] == [None, expected]
+        assert f"fp32, {expected})" in str(report(model)) or f"int8, {expected})" in str(report(model))
+
+    def test_heads_of_different_precision_may_run_differently(self):
+        model, plan = tiny_wan(), random_plan()
+        layers = {n: replace(p, precision=(("fp32", "int8"),)) for n, p in plan.layers.items()}
+        apply(model, replace(plan, layers=layers))
+        forward(model)
+        found = report(model).to_dict()["transformer"]["layers"]
+        assert [row["phases"][0]["impl"] for row in found.values()] == ["cpu + reference"] * 2
+
     def test_before_the_first_call_nothing_is_claimed(self):
         model = tiny_wan()
         apply(model, random_plan())
@@ -822,19 +858,21 @@ def hunyuan_spec():
     )
 
 
+def hunyuan_inputs(text=21, real=(13, 21)):
+    mask = torch.arange(text) < torch.tensor(real)[:, None]
+    return wan_inputs(batch=2) | {
+        "encoder_hidden_states": torch.randn(2, text, 16), "encoder_attention_mask": mask.int(),
+        "pooled_projections": torch.randn(2, 8),
+    }  # fmt: skip
+
+
 class TestOtherModels:
     layers = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
 
     @pytest.mark.parametrize("density", [1, 0.4])
     def test_one_row_adds_a_model_with_padded_text_in_its_sequence(self, density, table_of_models, monkeypatch):
         register_model("HunyuanVideoTransformer3DModel", hunyuan_spec())
-        model, text = tiny_hunyuan(), 21
-        mask = torch.zeros(2, text, dtype=torch.bool)
-        mask[0, :13] = mask[1, :21] = True
-        inputs = wan_inputs(batch=2) | {
-            "encoder_hidden_states": torch.randn(2, text, 16), "encoder_attention_mask": mask.int(),
-            "pooled_projections": torch.randn(2, 8),
-        }  # fmt: skip
+        model, text, inputs = tiny_hunyuan(), 21, hunyuan_inputs()
         plan = random_plan(
             self.layers, model_class="HunyuanVideoTransformer3DModel", density=density, text=TextSpan(7, "suffix")
         )
@@ -907,11 +945,66 @@ class TestOtherModels:
             forward(model)
 
 
-def test_regional_compilation_of_dense_calls_adds_no_graph_breaks():
-    model = tiny_wan()
-    expected = forward(model)
-    apply(model, random_plan())
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    with dense(model):
-        assert difference(forward(model), expected) < 1e-4
-        assert difference(forward(model), expected) < 1e-4
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")  # Triton's interpreter's
+class TestCompilation:
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self):
+        torch.compiler.reset()
+        counters.clear()
+        yield
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize(
+        ("impl", "precision", "block"),
+        [("auto", None, BLOCK), ("reference", "int8", BLOCK), ("triton", "int8", (64, 64))],
+    )
+    def test_all_layers_and_phases_share_one_graph_and_dense_calls_another(self, impl, precision, block):
+        names, grid = tuple(f"blocks.{index}.attn1" for index in range(2)), Grid(2, 7, 6)
+        plan, inputs = random_plan(names, phases=TWO_PHASES, block=block, grid=grid), wan_inputs(latents=(4, 2, 14, 12))
+        plain, compiled = tiny_wan(), tiny_wan()
+        for model in (plain, compiled):
+            apply(model, plan, impl=impl, precision=precision)
+        compiled.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for level in (0.1, 0.9):
+                for model in (plain, compiled):
+                    set_noise_level(model, level)
+                expected = forward(plain, **inputs)
+                assert difference(forward(compiled, **inputs), expected) < 1e-5
+        assert counters["stats"]["unique_graphs"] == 1
+        hook: Any = hook_of(compiled)
+        for layer in hook.layers.values():  # compiled code would not have kept it
+            assert (layer.operands.mask._launch_order is not None) == (impl == "triton")
+        with dense(compiled), dense(plain):
+            assert difference(forward(compiled, **inputs), forward(plain, **inputs)) < 1e-5
+        assert counters["stats"]["unique_graphs"] == 2
+        assert difference(forward(compiled, **inputs), expected) < 1e-5
+        assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (2, {})
+
+    @pytest.mark.parametrize("how", ["compiled in place", "wrapped"])
+    def test_a_whole_model_is_one_graph_whatever_the_step(self, how):
+        plain, model = tiny_wan(), tiny_wan()
+        for each in (plain, model):
+            apply(each, random_plan(phases=TWO_PHASES))
+        options = {"fullgraph": True, "backend": "eager"}
+        wrapped = torch.compile(model, **options) if how == "wrapped" else model.compile(**options) or model
+        for level in (0.1, 0.9, 0.3):
+            for each in (plain, model):
+                set_noise_level(each, level)
+            assert difference(forward(wrapped), forward(plain)) < 1e-5
+        assert counters["stats"]["unique_graphs"] == 1
+        assert report(model).to_dict()["transformer"]["calls"] == {"sparse": 3}
+
+    def test_padded_text_compiles_too(self, table_of_models):
+        register_model("HunyuanVideoTransformer3DModel", hunyuan_spec())
+        plain, compiled = tiny_hunyuan(), tiny_hunyuan()
+        plan = random_plan(
+            TestOtherModels.layers, model_class="HunyuanVideoTransformer3DModel", text=TextSpan(7, "suffix")
+        )
+        for model in (plain, compiled):
+            apply(model, plan)
+        compiled.compile_repeated_blocks(fullgraph=True, backend="eager")
+        for real in ((13, 21), (20, 2)):
+            inputs = hunyuan_inputs(real=real)
+            assert difference(forward(compiled, **inputs), forward(plain, **inputs)) < 1e-5
+        assert not counters["graph_break"]

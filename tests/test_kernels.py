@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paroattn
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import ORDERS, Grid, Layout, TextSpan
-from paroattn.kernels import attention as op
-from paroattn.kernels import cpu, reference
+from paroattn.kernels import cpu, library, reference
 from paroattn.precision import Precision
 
 GRID = Grid(3, 5, 7)
@@ -470,14 +469,14 @@ def test_heads_of_different_precision_run_as_if_alone():
 def calls(monkeypatch):
     """Which implementation ran for which precision and how many heads."""
     made = []
-    for name, implementation in op.IMPLEMENTATIONS.items():
+    for name, implementation in library.IMPLEMENTATIONS.items():
 
         def run(q, k, v, *, precision, _name=name, _run=implementation.run, **kwargs):
             made.append((_name, str(precision), q.shape[2]))
             return _run(q, k, v, precision=precision, **kwargs)
 
-        changed = op.Implementation(run, implementation.needs, implementation.usable)
-        monkeypatch.setitem(op.IMPLEMENTATIONS, name, changed)
+        changed = library.Implementation(run, implementation.needs, implementation.usable)
+        monkeypatch.setitem(library.IMPLEMENTATIONS, name, changed)
     return made
 
 
@@ -523,20 +522,6 @@ def test_threads_share_the_work_and_leave_pytorch_s_setting_alone(threads, mode)
     assert list(cpu._threads(threads).map(lambda _: torch.get_num_threads(), range(threads))) == [1] * threads
 
 
-def test_a_compiled_caller_breaks_its_graph_at_the_cpu_path_only():
-    case = Case(TEXTS[1], padded=True, dtype=torch.float32)
-    pieces = []
-
-    def recording(graph, inputs):
-        pieces.append(graph)
-        return graph.forward
-
-    with torch.no_grad():
-        compiled = torch.compile(lambda: case.attention(return_lse=False) + 1, backend=recording)
-        close(compiled(), case.attention(return_lse=False) + 1, 1e-6)
-    assert len(pieces) == 2
-
-
 def test_the_schedule_of_a_mask_is_made_once_and_dies_with_it(monkeypatch):
     case, made, make = Case(TEXTS[1], padded=True, dtype=torch.float32), [], cpu._make_schedule
     monkeypatch.setattr(cpu, "_make_schedule", lambda *args: made.append(args[2]) or make(*args))
@@ -548,7 +533,7 @@ def test_the_schedule_of_a_mask_is_made_once_and_dies_with_it(monkeypatch):
     assert len(made) == 4
     for valid in range(10):
         cpu.schedule_of(case.mask, case.table[:5], 100 + valid)
-    assert len(cpu._schedules[case.mask]) == cpu.SCHEDULES_PER_MASK
+    assert len(cpu._schedules[case.mask.bits]) == cpu.SCHEDULES_PER_MASK
     before = len(cpu._schedules)
     del case
     gc.collect()
@@ -583,6 +568,9 @@ class LargestTensor(TorchDispatchMode):
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.paroattn.attention.default:  # look inside
+            with self:
+                return library._attention(*args)
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else [result]:
             if isinstance(x, Tensor):

@@ -16,7 +16,6 @@ from torch import Tensor
 import paroattn
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import Grid, Layout, TextSpan
-from paroattn.kernels import attention as op
 from paroattn.kernels import reference
 from paroattn.precision import FORMATS, Precision, hadamard, quantize
 
@@ -434,13 +433,6 @@ def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "paroattn.kernels.sparse", None)
     with pytest.raises(RuntimeError, match=r"needs Triton .* pip install 'paroattn\[gpu\]'"):
         Case().run("int8")
-
-
-def test_triton_runs_only_when_asked_for():
-    case = Case(dtype=torch.float16)
-    assert op._choose("auto", Precision.parse("int8"), case.q) is op.IMPLEMENTATIONS["reference"]
-    assert op._choose("triton", Precision.parse("int8"), case.q) is op.IMPLEMENTATIONS["triton"]
-    assert "triton" not in op.AUTOMATIC
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])

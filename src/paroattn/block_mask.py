@@ -1,11 +1,13 @@
-"""Which key blocks a query block reads, one bit a block.
+"""Which key blocks a query block reads, one bit a block, and the same for kernels of other projects.
 
 Bits are packed along the key blocks, lowest bit first, so bit j % 8 of byte j // 8 belongs to key block j. Leading
-dimensions are free: (heads, …) for one call, (phases, heads, …) in a plan.
+dimensions are free: (heads, …) for one call, (phases, heads, …) in a plan. Exports are for q, k and v in kernel order.
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,7 @@ class BlockMask:
     bits: Tensor
     key_blocks: int
     block: tuple[int, int]
+    _launch_order: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.bits.dtype != torch.uint8 or self.bits.ndim < 3:
@@ -112,6 +115,25 @@ class BlockMask:
     def to(self, device: torch.device | str) -> "BlockMask":
         return BlockMask(self.bits.to(device), self.key_blocks, self.block)
 
+    @property
+    def launch_order(self) -> Tensor:
+        """Order in which kernels start on query blocks, made at the first use and kept; inside torch.compile not kept.
+
+        Returns:
+            head · Nq + query block, (H · Nq,) int32: the densest head first, and the longest rows of a head first, so
+            that what runs together shares keys and what runs last is short.
+        """
+        if self._launch_order is not None:
+            return self._launch_order
+        self._check_one_phase()
+        counts = self.dense().sum(-1)  # (H, Nq)
+        heads = counts.sum(-1).argsort(descending=True, stable=True)
+        rows = counts.argsort(descending=True, stable=True)
+        made = (heads[:, None] * self.query_blocks + rows[heads]).flatten().to(torch.int32)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_launch_order", made)
+        return made
+
     def key_lists(self) -> tuple[Tensor, Tensor]:
         """Kept key blocks as lists.
 
@@ -148,6 +170,27 @@ class BlockMask:
         whole[..., :rows, :columns] = self.dense()[..., :rows, :columns]
         return BlockMask.from_dense(whole, self.block)
 
+    def refine(self, block: tuple[int, int], tokens: int) -> "BlockMask":
+        """The same mask in smaller blocks: each keeps what the block around it keeps.
+
+        Args:
+            block: Tokens of a query block and of a key block; they divide this mask's.
+            tokens: Length of the sequence.
+
+        Raises:
+            ValueError: If the blocks do not divide this mask's, or the mask is not over `tokens`.
+        """
+        self._check_tokens(tokens)
+        if any(own % size for own, size in zip(self.block, block, strict=True)):
+            raise ValueError(
+                f"finer blocks must divide {_written(self.block)}; got {_written(block)}. Coarser blocks keep more "
+                "than this mask: make another plan for them."
+            )
+        kept = self.dense()
+        for axis, own, size in ((-2, self.block[0], block[0]), (-1, self.block[1], block[1])):
+            kept = kept.repeat_interleave(own // size, axis).narrow(axis, 0, blocks_of(tokens, size))
+        return BlockMask.from_dense(kept, block)
+
     def to_flex_attention(self, tokens: int, valid_tokens: Tensor | None = None):
         """Export to FlexAttention.
 
@@ -175,12 +218,145 @@ class BlockMask:
             seq_lengths=(tokens, tokens),
         )  # fmt: skip
 
+    def to_sparge_attention(self, capability: tuple[int, int], batch: int = 1) -> Tensor:
+        """Export to SpargeAttn.
+
+        Args:
+            capability: Compute capability of the GPU. Its kernel for 9.0 has blocks of 64×128 tokens, that for the
+                others 128×64.
+            batch: Batch size of q.
+
+        Returns:
+            `mask_id` of `block_sparse_sage2_attn_cuda`: int8 (B, H, Nq, Nk), contiguous, 1 where a block is kept.
+
+        Raises:
+            ValueError: If the kernel has other blocks, or the mask is of several phases.
+
+        Source:
+            spas_sage_attn/core.py and utils.py of thu-ml/SpargeAttn at bfd980b.
+        """
+        self._check_one_phase()
+        needed = (64, 128) if capability == (9, 0) else (128, 64)
+        if self.block != needed:
+            gpu = ".".join(map(str, capability))
+            raise ValueError(
+                f"SpargeAttn needs blocks of {_written(needed)} on compute capability {gpu}; got "
+                f"{_written(self.block)}. {self._remedy(needed)}"
+            )
+        return self.dense().to(torch.int8)[None].repeat(batch, 1, 1, 1)
+
+    def to_flash_attention_4(self, tile: tuple[int, int] = (128, 128)) -> dict[str, Any]:
+        """Export to FlashAttention-4, in full blocks only.
+
+        Args:
+            tile: Query and key tokens of one pass of the GPU's kernel: (128, 128) on compute capability 9.0 and
+                (256, 128) on 10.0, for D = 64 and 128. Query blocks are multiples of it, and key blocks equal to it.
+
+        Returns:
+            Arguments of `flash_attn.cute.block_sparsity.BlockSparseTensorsTorch`: full_block_cnt (1, H, Nq) and
+            full_block_idx (1, H, Nq, Nk) int32, rising; mask_block_cnt, all 0, and mask_block_idx of the same shapes;
+            block_size. The 1 stands for every batch element. Which keys are padding goes separately, as `seqused_k`.
+
+        Raises:
+            ValueError: If the kernel cannot take the blocks, or the mask is of several phases.
+
+        Source:
+            flash_attn/cute/block_sparsity.py and interface.py of Dao-AILab/flash-attention at 0251105.
+        """
+        self._check_one_phase()
+        if self.block[0] % tile[0] or self.block[1] != tile[1]:
+            raise ValueError(
+                f"FlashAttention-4 needs query blocks that are multiples of {tile[0]} tokens and key blocks of "
+                f"{tile[1]}; got {_written(self.block)}. {self._remedy(tile)}"
+            )
+        counts, indices = (part[None] for part in self.key_lists())
+        full = {"full_block_cnt": counts, "full_block_idx": indices}
+        return full | {
+            "mask_block_cnt": torch.zeros_like(counts), "mask_block_idx": indices, "block_size": self.block,
+        }  # fmt: skip
+
+    def to_flashinfer(self, tokens: int) -> dict[str, Tensor]:
+        """Export to FlashInfer, all heads at once and any number of tokens.
+
+        Returns:
+            The first arguments of `VariableBlockSparseAttentionWrapper.plan`: block_mask_map (H, Nq, Nk) bool,
+            block_row_sz (H, Nq) int32 and block_col_sz (H, Nk) int32, the tokens of each block. Its `run` wants q, k
+            and v as (H, N, D), one batch element.
+
+        Raises:
+            ValueError: If the mask is not over `tokens`, or of several phases.
+
+        Source:
+            flashinfer/sparse.py of flashinfer-ai/flashinfer at fb28d72.
+        """
+        self._check_one_phase()
+        self._check_tokens(tokens)
+        rows, columns = (
+            torch.full((self.heads, count), size, dtype=torch.int32, device=self.bits.device)
+            for count, size in ((self.query_blocks, self.block[0]), (self.key_blocks, self.block[1]))
+        )
+        for sizes, size in ((rows, self.block[0]), (columns, self.block[1])):
+            sizes[:, -1] = tokens - (sizes.shape[1] - 1) * size
+        return {"block_mask_map": self.dense(), "block_row_sz": rows, "block_col_sz": columns}
+
+    def to_flashinfer_bsr(self, tokens: int, head: int) -> dict[str, Any]:
+        """Export one head to FlashInfer as a block-sparse matrix in rows.
+
+        Returns:
+            The first arguments of `BlockSparseAttentionWrapper.plan`: indptr (Nq + 1,) and indices (kept,), int32 and
+            rising in each row; M = N = `tokens`; R and C, the block. Its `run` wants q, k and v as (N, 1, D).
+
+        Raises:
+            ValueError: If the last key block is not whole, the mask is not over `tokens`, or of several phases.
+
+        Source:
+            flashinfer/sparse.py of flashinfer-ai/flashinfer at fb28d72.
+        """
+        self._check_one_phase()
+        self._check_tokens(tokens)
+        rows, columns = self.block
+        if tokens % columns:
+            fitting = (rows, math.gcd(tokens, columns))
+            raise ValueError(
+                f"FlashInfer's block-sparse matrix needs tokens that are a multiple of the key block, {columns}; got "
+                f"{tokens}. Export mask.refine({fitting}, {tokens}), or use to_flashinfer."
+            )
+        kept = self.dense()[head]
+        indptr = torch.zeros(self.query_blocks + 1, dtype=torch.int32, device=kept.device)
+        indptr[1:] = kept.sum(-1).cumsum(-1)
+        indices = kept.nonzero()[:, 1].to(torch.int32)
+        return {"indptr": indptr, "indices": indices, "M": tokens, "N": tokens, "R": rows, "C": columns}
+
+    def _check_one_phase(self) -> None:
+        if self.bits.ndim != 3:
+            raise ValueError(
+                f"the mask must be one phase's, (H, Nq, Nk); got {self.bits.ndim} dimensions. Use mask[phase]."
+            )
+
+    def _check_tokens(self, tokens: int) -> None:
+        rows, columns = (blocks_of(tokens, size) for size in self.block)
+        if (self.query_blocks, self.key_blocks) != (rows, columns):
+            raise ValueError(
+                f"the mask must cover {rows}×{columns} blocks of {_written(self.block)} for {tokens} tokens; got "
+                f"{self.query_blocks}×{self.key_blocks}. BlockMask.with_text adds text to a mask over video."
+            )
+
+    def _remedy(self, block: tuple[int, int]) -> str:
+        """How to come to other blocks."""
+        if any(own % size for own, size in zip(self.block, block, strict=True)):
+            return f"Make the plan with blocks of {block[0]}x{block[1]}."
+        return f"Export mask.refine({block}, tokens)."
+
 
 def _check_rows(rows: Tensor) -> None:
     empty = (rows == 0).all(-1).nonzero()
     if len(empty):
         *_, head, row = empty[0].tolist()
         raise ValueError(f"every row must keep at least one block; head {head}, query block {row} keeps none")
+
+
+def _written(block: tuple[int, int]) -> str:
+    return f"{block[0]}×{block[1]}"
 
 
 def _describe(tensor: Tensor) -> str:

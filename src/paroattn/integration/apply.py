@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.attention import IMPLEMENTATIONS
+from ..kernels.library import IMPLEMENTATIONS
 from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan
 from ..precision import Precision
 from .backend import Call, Observer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..grid import Layout
-from ..kernels.attention import attention
+from ..kernels.attention import attention, what_runs
 from ..plan.plan import LayerPlan
 from ..precision import Precision
 
@@ -62,10 +62,32 @@ class Owner(Protocol):
     def table(self, layout: Layout, device: torch.device) -> Tensor: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What a layer hands to the operation besides q, k and v.
+
+    Attributes:
+        mask: Kept blocks of the whole sequence.
+        table: Gather tables of the plan's orders, shared by all layers.
+        order: Row of `table` for each head, (H,).
+        precision: One name if all heads agree, else one per head.
+    """
+
+    mask: BlockMask
+    table: Tensor
+    order: Tensor
+    precision: Precision | str | tuple[str, ...]
+
+
 class Layer:
     """One planned self-attention: its part of the plan, and what became of its calls.
 
+    Compiled code is shared by all layers of a model, so what differs between them is found before the first block and
+    read from `operands`.
+
     Attributes:
+        operands: For the running call.
+        ran: What ran the layer, by phase, such as "triton".
         sparse_calls: By phase and number of text tokens.
         dense_calls: By reason. Neither counts calls inside torch.compile.
     """
@@ -76,18 +98,29 @@ class Layer:
         self.order = torch.tensor([orders.index(order) for order in plan.orders], dtype=torch.int32) if plan else None
         self.sparse_calls: Counter[tuple[int, int]] = Counter()
         self.dense_calls: Counter[str] = Counter()
-        self._operands: dict[Any, tuple[BlockMask, Tensor]] = {}
+        self.operands: Operands | None = None
+        self.ran: dict[int, str] = {}
+        self._known: dict[Any, Operands] = {}
 
-    def operands(self, phase: int, layout: Layout, device: torch.device) -> tuple[BlockMask, Tensor]:
-        """Mask of the whole sequence and order of each head, on `device`; made once and kept."""
+    def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
+        """Set `operands` to those of a phase on a device; they are made once and kept."""
         assert self.plan is not None and self.order is not None
         key = (phase, layout.text, device)
-        if key not in self._operands:
-            if len(self._operands) >= LAYOUTS_KEPT * len(self.plan.precision):
-                self._operands.clear()
-            mask = self.plan.mask[phase].with_text(layout.grid.tokens, layout.text.tokens)
-            self._operands[key] = mask.to(device), self.order.to(device)
-        return self._operands[key]
+        if key not in self._known:
+            if len(self._known) >= LAYOUTS_KEPT * len(self.plan.precision):
+                self._known.clear()
+            mask = self.plan.mask[phase].with_text(layout.grid.tokens, layout.text.tokens).to(device)
+            if device.type == "cuda" or self.owner.impl == "triton":
+                _ = mask.launch_order
+            table = self.owner.table(layout, device)
+            self._known[key] = Operands(mask, table, self.order.to(device), self.precision(phase))
+        self.operands, self._followed = self._known[key], (phase, layout)
+        return self.operands
+
+    def operands_on(self, device: torch.device) -> Operands:
+        """`operands` where q, k and v are: elsewhere than expected if they moved on their way to the layer."""
+        assert self.operands is not None
+        return self.operands if self.operands.order.device == device else self.follow(*self._followed, device)
 
     def precision(self, phase: int) -> Precision | str | tuple[str, ...]:
         """Precision of a phase: one name if all heads agree, else one per head."""
@@ -122,16 +155,20 @@ def attend(
         if counting:
             layer.dense_calls[reason] += 1
         return dense(backend=_dense_backend(layer))
-    assert call is not None and call.layout is not None and call.phase is not None
-    mask, order = layer.operands(call.phase, call.layout, query.device)
+    assert call is not None and call.layout is not None  # no look at the phase: compiled code would be made for it
+    operands = layer.operands_on(query.device)
     out: Any = attention(
-        query, key, value, mask,
-        table=layer.owner.table(call.layout, query.device), order=order,
+        query, key, value, operands.mask, table=operands.table, order=operands.order,
         text_tokens=call.layout.text.tokens, valid_text=_valid_text(attn_mask, call.layout),
-        precision=layer.precision(call.phase), softmax_scale=scale, impl=layer.owner.impl,
+        precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl,
     )  # fmt: skip
     if counting:
+        assert call.phase is not None
         layer.sparse_calls[call.phase, call.layout.text.tokens] += 1
+        if call.phase not in layer.ran:
+            layer.ran[call.phase] = what_runs(
+                query, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
+            )
     return out
 
 

@@ -25,6 +25,7 @@ from .schedule import NoiseSchedule, branch_of
 
 HOOK = "paroattn"
 ON_REQUEST = "inside paroattn.dense"
+_eager: Any = torch.compiler.disable  # its annotations hide that a method stays one
 
 
 class CallContext(StateManager):
@@ -105,6 +106,7 @@ class PlanHook(ModelHook):
         _forget_children(transformer)
         self.strict = False  # a processor that someone kept runs dense
 
+    @_eager
     def before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at a call and decide how its layers run."""
         arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments
@@ -115,6 +117,8 @@ class PlanHook(ModelHook):
         phase, reason = self._decide(grid, text, noise_level)
         layout = Layout(grid, text) if grid else None
         self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
+        if layout is not None and phase is not None:
+            self._follow(phase, layout, next(x.device for x in arguments.values() if isinstance(x, Tensor)))
         self.calls["sparse" if reason is None else reason] += 1
         self.grids[str(grid)] += 1
 
@@ -145,6 +149,12 @@ class PlanHook(ModelHook):
                 self._tables.clear()
             self._tables[key] = layout.table(self._orders).to(device)
         return self._tables[key]
+
+    def _follow(self, phase: int, layout: Layout, device: torch.device) -> None:
+        """Let every planned layer find its operands now: inside compiled blocks it could not."""
+        for layer in self.layers.values():
+            if layer.plan is not None:
+                layer.follow(phase, layout, device)
 
     def _decide(self, grid: Grid | None, text: TextSpan, noise_level: float | None) -> tuple[int | None, str | None]:
         """The phase, or the reason why the call runs dense."""

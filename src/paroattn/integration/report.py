@@ -83,6 +83,7 @@ def _describe_phase(layer: Layer, phase: int, grid: Grid) -> dict[str, Any]:
         "density": _mean((mask.with_text(grid.tokens, text).density, count) for text, count in calls.items()),
         "sparse_calls": sum(calls.values()),
         "precision": list(precision) if isinstance(precision, tuple) else str(precision),
+        "impl": layer.ran.get(phase),
     }
 
 
@@ -103,10 +104,10 @@ def _table(name: str, part: dict[str, Any]) -> str:
     if part["replaced_layers"]:
         lines.append(f"  processors replaced by someone else: {', '.join(part['replaced_layers'])}")
     width = max(map(len, part["layers"]))
-    lines.append(f"  {'layer':{width}}  density  sparse  dense  density by phase (calls, precision)")
+    lines.append(f"  {'layer':{width}}  density  sparse  dense  density by phase (calls, precision, implementation)")
     for layer, row in part["layers"].items():
         phases = "  ".join(
-            f"{_number(each['density'])} ({each['sparse_calls']}, {_precision(each['precision'])})"
+            f"{_number(each['density'])} ({each['sparse_calls']}, {_precision(each['precision'])}{_ran(each['impl'])})"
             for each in row["phases"]
         )
         dense = sum(row["dense_calls"].values())
@@ -120,6 +121,10 @@ def _outcome(kind: str) -> str:
 
 def _number(density: float | None) -> str:
     return "-" if density is None else f"{density:.3f}"
+
+
+def _ran(impl: str | None) -> str:
+    return "" if impl is None else f", {impl}"
 
 
 def _precision(precision: str | list[str]) -> str:

@@ -1,10 +1,8 @@
-"""The attention operation: checks its arguments, resolves precision and picks an implementation by a table."""
+"""The attention operation: checks its arguments and hands them to the registered operation as plain tensors."""
 
 import math
-import os
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,67 +11,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..block_mask import BlockMask, blocks_of
 from ..precision import Precision
-from .cpu import cpu_attention
-from .reference import reference_attention
+from .library import choose, keep_constants, lse_dtype, parse
 
 OWN_PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TRITON_FORMATS = {"qk": ("int8", "bf16", "fp16"), "pv": ("int8", "fp8", "bf16", "fp16")}
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute attention.
-
-    Attributes:
-        run: Function with the arguments of `reference_attention` and `return_lse`.
-        needs: What it asks of tensors and precision, in words.
-        usable: Whether tensors like this one and a precision meet that.
-    """
-
-    run: Callable[..., tuple[Tensor, Tensor | None]]
-    needs: str
-    usable: Callable[[Tensor, Precision], bool]
-
-
-def _reference(*args, return_lse: bool, **kwargs) -> tuple[Tensor, Tensor]:
-    return reference_attention(*args, **kwargs)
-
-
-def _triton(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
-    try:
-        from .sparse import sparse_attention
-    except ImportError as error:
-        raise RuntimeError(
-            f"impl triton needs Triton 3.4 or newer; got {error}. pip install 'paroattn[gpu]'."
-        ) from error
-    return sparse_attention(*args, **kwargs)
-
-
-def _triton_usable(q: Tensor, precision: Precision) -> bool:
-    runs = q.device.type == "cuda" or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    formats = precision.qk in TRITON_FORMATS["qk"] and precision.pv in TRITON_FORMATS["pv"]
-    return runs and formats and q.dtype != torch.float64
-
-
-IMPLEMENTATIONS = {
-    "cpu": Implementation(
-        cpu_attention,
-        "float32 tensors on a CPU and precision fp32",
-        lambda q, precision: (q.device.type, q.dtype, str(precision)) == ("cpu", torch.float32, "fp32"),
-    ),
-    "reference": Implementation(
-        _reference,
-        "float64 tensors for precision fp64",
-        lambda q, precision: q.dtype == torch.float64 or "fp64" not in (precision.qk, precision.pv),
-    ),
-    "triton": Implementation(
-        _triton,
-        "tensors on a GPU, not float64, and int8, bf16 or fp16 for Q·K with int8, fp8, bf16 or fp16 for P·V",
-        _triton_usable,
-    ),
-}
-AUTOMATIC = ("cpu", "reference")
-"""What "auto" tries, in this order."""
 
 _checked_tables = WeakTensorKeyDictionary()
 _checked_orders = WeakTensorKeyDictionary()
@@ -98,6 +38,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Self-attention over the kept blocks, each head reading the tokens in its own order.
 
+    Inside torch.compile this is one node of the graph, shared by all calls of the same shapes and precision, and a CUDA
+    graph captures it once it has run. Values of `table` and `order` are checked when a tensor is first seen outside of
+    both.
+
     Args:
         q: (B, N, H, D) in the model's token order; float64, float32, float16 or bfloat16.
         k: Like q.
@@ -112,7 +56,9 @@ def attention(
         precision: Formats of the two products, such as "int8", for all heads or one per head. None: the tensors' own.
         softmax_scale: Factor on q·k. None: 1 / √D.
         return_lse: Return lse too.
-        impl: "auto", or one of `IMPLEMENTATIONS`.
+        impl: "cpu", "triton", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the reference
+            for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU because no
+            kernel handles the formats, blocks or head dimension, a warning says why, once.
 
     Returns:
         out (B, N, H, D) in the model's order and q's dtype; with `return_lse` also lse (B, H, N) in the model's order,
@@ -122,31 +68,55 @@ def attention(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If arguments do not fit each other, a gradient is wanted, or `impl` cannot do what is asked.
+        RuntimeError: If the GPU lacks a format, or Triton or what it needs is missing.
     """
     _check_tensors(q, k, v)
     _check_mask(mask, q)
     table, order = _check_order(table, order, q)
-    valid_tokens = _check_text(text_tokens, valid_text, q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale must be finite; got {scale}")
-    groups = _heads_by_precision(precision, q)
-    chosen = {formats: _choose(impl, formats, q) for formats in groups}
-    shared = {"table": table, "softmax_scale": scale, "valid_tokens": valid_tokens, "return_lse": return_lse}
+    valid_tokens = _check_text(text_tokens, valid_text, q)
 
+    def run(q: Tensor, k: Tensor, v: Tensor, part: BlockMask, order: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+        launch_order = part.launch_order if q.is_cuda or impl == "triton" else None
+        return torch.ops.paroattn.attention(
+            q, k, v, part.bits, part.key_blocks, *part.block, launch_order, table, order, valid_tokens, precision,
+            scale, return_lse, impl,
+        )  # fmt: skip
+
+    if torch.compiler.is_compiling():
+        keep_constants(impl, q.device, q.dtype, q.shape[-1])
+    groups = _heads_by_precision(precision, q)
     if len(groups) == 1:
-        (formats,) = groups
-        out, lse = chosen[formats].run(q, k, v, order=order, mask=mask, precision=formats, **shared)
+        out, lse = run(q, k, v, mask, order, *groups)
     else:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_lse_dtype(q))
-        for formats, heads in groups.items():
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype(q))
+        for name, heads in groups.items():
             part, index = _some_heads(mask, heads)
-            tensors = (x[:, :, index] for x in (q, k, v))
-            result, logs = chosen[formats].run(*tensors, order=order[index], mask=part, precision=formats, **shared)
+            result, logs = run(q[:, :, index], k[:, :, index], v[:, :, index], part, order[index], name)
             out[:, :, index] = result
-            if logs is not None:
+            if return_lse:
                 lse[:, index] = logs
-    return (out, lse) if return_lse and lse is not None else out
+    return (out, lse) if return_lse else out
+
+
+def what_runs(
+    q: Tensor,
+    mask: BlockMask,
+    *,
+    precision: str | Precision | Sequence[str | Precision] | None = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> str:
+    """Name what runs `attention` on these arguments, such as "triton", or "cpu + reference" if heads differ.
+
+    Raises:
+        ValueError: If `impl` cannot do what is asked.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    groups = _heads_by_precision(precision, q)
+    return " + ".join(sorted({choose(impl, q, mask, parse(name), scale) for name in groups}))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -206,13 +176,14 @@ def _check_order(table: Tensor | None, order: Tensor | None, q: Tensor) -> tuple
     for name, x in {"table": table, "order": order}.items():
         if x.device != q.device:
             raise ValueError(f"{name} must be on {q.device}; got {x.device}. Move it once, before the first call.")
-    if not torch.compiler.is_compiling():
-        _check_order_values(table, order)
+    _check_order_values(table, order)
     return table, order
 
 
 def _check_order_values(table: Tensor, order: Tensor) -> None:
-    """Look at the values of a table and an order when they are first seen."""
+    """Look at the values of a table and an order when they are first seen, where looking stalls no GPU for long."""
+    if torch.compiler.is_compiling() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
     if table not in _checked_tables:
         wanted = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
         wrong = (table.sort(-1).values != wanted).any(-1).nonzero()
@@ -249,41 +220,32 @@ def _check_text(text_tokens: int, valid_text: Tensor | None, q: Tensor) -> Tenso
     return valid_text + (tokens - text_tokens)
 
 
-def _heads_by_precision(precision: Any, q: Tensor) -> dict[Precision, list[int]]:
+def _heads_by_precision(precision: Any, q: Tensor) -> dict[str, list[int]]:
     heads = q.shape[2]
-    names = OWN_PRECISION[q.dtype] if precision is None else precision
-    each = list(names) if isinstance(names, Sequence) and not isinstance(names, str) else [names] * heads
+    if precision is None or isinstance(precision, str):
+        return {precision or OWN_PRECISION[q.dtype]: list(range(heads))}
+    each = list(precision) if isinstance(precision, Sequence) else [precision] * heads
     for name in each:
         if not isinstance(name, str | Precision):
             raise TypeError(f"precision must be a name, a Precision or one of them per head; got {type(name).__name__}")
     if len(each) != heads:
         raise ValueError(f"precision must be one name or one per head, {heads} of them; got {len(each)}")
-    groups: dict[Precision, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for head, name in enumerate(each):
-        groups.setdefault(Precision.parse(name), []).append(head)
+        groups.setdefault(name if isinstance(name, str) else f"{name.qk}/{name.pv}", []).append(head)
     return groups
-
-
-def _choose(impl: str, precision: Precision, q: Tensor) -> Implementation:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    names = AUTOMATIC if impl == "auto" else [impl]
-    for name in names:
-        if IMPLEMENTATIONS[name].usable(q, precision):
-            return IMPLEMENTATIONS[name]
-    needs = "; ".join(f"{name} needs {IMPLEMENTATIONS[name].needs}" for name in names)
-    raise ValueError(f"{needs}; got {precision} on {q.dtype} tensors on {q.device}. Choose another impl or precision.")
 
 
 def _some_heads(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
     """The mask of some heads, the same object at every call, and the heads as a tensor."""
-    known = _parts.setdefault(mask, {})
-    key = tuple(heads)
+    if torch.compiler.is_compiling():
+        return _select(mask, heads)
+    known, key = _parts.setdefault(mask, {}), tuple(heads)
     if key not in known:
-        index = torch.tensor(heads, device=mask.bits.device)
-        known[key] = (BlockMask(mask.bits[index], mask.key_blocks, mask.block), index)
+        known[key] = _select(mask, heads)
     return known[key]
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _select(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
+    index = torch.tensor(heads, device=mask.bits.device)
+    return BlockMask(mask.bits[index], mask.key_blocks, mask.block), index

@@ -9,7 +9,6 @@ anything else to do.
 
 import math
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..block_mask import BlockMask, blocks_of
 from ..precision import Precision
@@ -61,6 +61,7 @@ class Schedule:
     A row is a row of q, k or v of one batch element, seen as (N · H, D).
 
     Attributes:
+        block: Tokens of a query block and of a key block: what the schedule was made for.
         positions: Model position of each token in each head's order, (H, N): what the schedule was made for.
         real: Tokens before the padding in kernel order: what the schedule was made for.
         queries: Row of each query, pair by pair, (pairs · query block,); a ragged block repeats its last.
@@ -68,6 +69,7 @@ class Schedule:
         chunks: All pairs that keep a real key; the pairs after them keep none.
     """
 
+    block: tuple[int, int]
     positions: Tensor
     real: int
     queries: Tensor
@@ -75,10 +77,9 @@ class Schedule:
     chunks: tuple[Chunk, ...]
 
 
-_schedules: "weakref.WeakKeyDictionary[BlockMask, list[Schedule]]" = weakref.WeakKeyDictionary()
+_schedules = WeakTensorKeyDictionary()  # by a mask's bits
 
 
-@torch.compiler.disable
 def cpu_attention(
     q: Tensor,
     k: Tensor,
@@ -104,10 +105,10 @@ def cpu_attention(
 
 
 def schedule_of(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
-    """The schedule of a mask, made once and kept as long as the mask lives."""
-    known = _schedules.setdefault(mask, [])
+    """The schedule of a mask, made once and kept as long as the mask's bits live."""
+    known = _schedules.setdefault(mask.bits, [])
     for schedule in known:
-        if schedule.real == real and torch.equal(schedule.positions, positions):
+        if schedule.block == mask.block and schedule.real == real and torch.equal(schedule.positions, positions):
             return schedule
     made = _make_schedule(mask, positions, real)
     known.append(made)
@@ -245,7 +246,7 @@ def _make_schedule(mask: BlockMask, positions: Tensor, real: int) -> Schedule:
     whole = torch.where(lengths == real, torch.arange(len(lengths)) // mask.query_blocks, -1)
     cuts = _cut(lengths[pairs].tolist(), whole[pairs].tolist(), at_once // query_block)
     chunks = tuple(_chunk(*cut, blocks[pairs], key_block) for cut in cuts)
-    return Schedule(positions, real, queries.view(-1, query_block)[pairs].flatten(), keys.flatten(), chunks)
+    return Schedule(mask.block, positions, real, queries.view(-1, query_block)[pairs].flatten(), keys.flatten(), chunks)
 
 
 def _kept_keys(mask: BlockMask, real: int) -> tuple[Tensor, Tensor]:

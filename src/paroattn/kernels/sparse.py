@@ -21,7 +21,6 @@ other, densest head first, all batch elements of a head together, and its longes
 Not handled: head dimensions above 128, formats other than int8, fp8 (P·V only), bf16 and fp16.
 """
 
-import weakref
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -34,7 +33,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import BlockMask
 from ..precision import Precision
-from .prepare import INTERPRETED, LOG2_E, Operands, prepare
+from .prepare import INTERPRETED, LOG2_E, Operands, _signs, prepare
+from .toolchain import check_toolchain
 
 BLOCKS = tuple(product((64, 128), repeat=2))
 LARGEST_HEAD = 128
@@ -103,8 +103,6 @@ RINGS = {
 }
 """Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-
-_launch_orders: "weakref.WeakKeyDictionary[BlockMask, Tensor]" = weakref.WeakKeyDictionary()
 
 
 @triton.jit
@@ -396,19 +394,15 @@ def tile_of(capability: tuple[int, int], precision: Precision, block: tuple[int,
     return TILES[max(known), pv, d_pad]
 
 
-def launch_order(mask: BlockMask) -> Tensor:
-    """Order in which query blocks are launched, made once and kept as long as the mask lives.
+def keep_constants(device: torch.device, dtype: torch.dtype, channels: int) -> None:
+    """Make the tensors that stay from call to call."""
+    if channels <= LARGEST_HEAD:
+        _signs(64 if channels <= 64 else 128, dtype, device)
 
-    Returns:
-        head · Nq + query block, (H · Nq,) int32: the densest head first, and the longest rows of a head first, so that
-        what runs together shares keys and what runs last is short.
-    """
-    if mask not in _launch_orders:
-        counts = mask.dense().sum(-1)  # (H, Nq)
-        heads = counts.sum(-1).argsort(descending=True, stable=True)
-        rows = counts.argsort(descending=True, stable=True)
-        _launch_orders[mask] = (heads[:, None] * mask.query_blocks + rows[heads]).flatten().to(torch.int32)
-    return _launch_orders[mask]
+
+def launch_order(mask: BlockMask) -> Tensor:
+    """Order in which query blocks are launched: the mask's own."""
+    return mask.launch_order
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -416,20 +410,28 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _check(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> None:
+def refusal(q: Tensor, mask: BlockMask, softmax_scale: float) -> str | None:
+    """What the kernels do not handle, if anything: the rule, the value and the remedy."""
     if mask.block not in BLOCKS:
         known = ", ".join(f"{rows}x{columns}" for rows, columns in BLOCKS)
-        raise ValueError(
+        return (
             f"blocks must be one of {known} for impl triton; got {mask.block[0]}x{mask.block[1]}. "
             "Make the plan with such blocks, or use impl='reference'."
         )
     if q.shape[-1] > LARGEST_HEAD:
-        raise ValueError(
+        return (
             f"the head dimension must be at most {LARGEST_HEAD} for impl triton; got {q.shape[-1]}. "
             "Use impl='reference'."
         )
     if softmax_scale <= 0:
-        raise ValueError(f"softmax_scale must be above 0 for impl triton; got {softmax_scale}. Use impl='reference'.")
+        return f"softmax_scale must be above 0 for impl triton; got {softmax_scale}. Use impl='reference'."
+    return None
+
+
+def _check(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> None:
+    reason = refusal(q, mask, softmax_scale)
+    if reason is not None:
+        raise ValueError(reason)
     has = capability(q.device)
     for form in (precision.qk, precision.pv):
         needed = LOWEST_CAPABILITY[form]
@@ -438,6 +440,8 @@ def _check(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: floa
                 f"{form} needs a GPU of compute capability {needed[0]}.{needed[1]} or higher; got {has[0]}.{has[1]} "
                 f"({torch.cuda.get_device_name(q.device)}). {_REMEDIES[form]}"
             )
+    if q.device.type == "cuda":
+        check_toolchain()
 
 
 _REMEDIES = dict.fromkeys(LOWEST_CAPABILITY, "Use impl='reference'.") | {"fp8": "Use precision 'int8', which it has."}

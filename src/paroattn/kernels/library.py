@@ -1,0 +1,183 @@
+"""The operation as PyTorch knows it, paroattn::attention, and the table of what can run it.
+
+Its arguments are plain tensors, numbers and strings, so that compilers and CUDA graphs take it as one node whatever the
+layer. It reads no tensor's values on the host, and its shapes follow from those of its inputs.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..precision import Precision
+from .cpu import cpu_attention
+from .reference import reference_attention
+
+TRITON_FORMATS = {"qk": ("int8", "bf16", "fp16"), "pv": ("int8", "fp8", "bf16", "fp16")}
+FP32 = ("fp32", "fp32")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+        run: Function with the arguments of `reference_attention` and `return_lse`.
+        needs: What it asks of tensors and precision, in words.
+        usable: Whether tensors like this one and a precision meet that.
+    """
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    needs: str
+    usable: Callable[[Tensor, Precision], bool]
+
+
+def _reference(*args, return_lse: bool, **kwargs) -> tuple[Tensor, Tensor]:
+    return reference_attention(*args, **kwargs)
+
+
+def _triton(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    return _kernels().sparse_attention(*args, **kwargs)
+
+
+def _kernels() -> Any:
+    try:
+        return import_module(".sparse", __package__)
+    except ImportError as error:
+        raise RuntimeError(
+            f"impl triton needs Triton 3.4 or newer; got {error}. pip install 'paroattn[gpu]', or use impl='reference'."
+        ) from error
+
+
+def _triton_usable(q: Tensor, precision: Precision) -> bool:
+    runs = q.device.type == "cuda" or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    formats = precision.qk in TRITON_FORMATS["qk"] and precision.pv in TRITON_FORMATS["pv"]
+    return runs and formats and q.dtype != torch.float64
+
+
+IMPLEMENTATIONS = {
+    "cpu": Implementation(
+        cpu_attention,
+        "float32 tensors on a CPU and precision fp32",
+        lambda q, precision: (q.device.type, q.dtype, precision.qk, precision.pv) == ("cpu", torch.float32, *FP32),
+    ),
+    "reference": Implementation(
+        _reference,
+        "float64 tensors for precision fp64",
+        lambda q, precision: q.dtype == torch.float64 or "fp64" not in (precision.qk, precision.pv),
+    ),
+    "triton": Implementation(
+        _triton,
+        "tensors on a GPU, not float64, and int8, bf16 or fp16 for Q·K with int8, fp8, bf16 or fp16 for P·V",
+        _triton_usable,
+    ),
+}
+parse = cache(Precision.parse)
+_warned: set[str] = set()
+
+
+def choose(impl: str, q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> str:
+    """Name of the implementation that runs tensors like q.
+
+    "auto" takes "cpu" for float32 on a CPU, "triton" on a GPU, and else "reference", which can do everything. On a GPU,
+    where that is slow, a warning names what no kernel handles, once.
+
+    Raises:
+        ValueError: If `impl` is unknown or cannot do what is asked.
+        RuntimeError: If there is a GPU but no Triton.
+    """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "auto":
+        impl, reason = _automatic(q, mask, precision, softmax_scale)
+    else:
+        reason = None
+    chosen = IMPLEMENTATIONS[impl]
+    if not chosen.usable(q, precision):
+        raise ValueError(
+            f"{impl} needs {chosen.needs}; got {precision} on {q.dtype} tensors on {q.device}. "
+            "Choose another impl or precision."
+        )
+    if reason is not None and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"The slow but exact reference runs on {q.device}, because {reason}", stacklevel=2)
+    return impl
+
+
+def _automatic(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> tuple[str, str | None]:
+    """What "auto" means, and why the reference runs on a GPU if it does."""
+    if q.device.type != "cuda":
+        return ("cpu" if IMPLEMENTATIONS["cpu"].usable(q, precision) else "reference"), None
+    if not _triton_usable(q, precision):
+        return "reference", (
+            f"no kernel computes {precision} on {q.dtype} tensors. Give another precision such as 'int8'."
+        )
+    reason = _kernels().refusal(q, mask, softmax_scale)
+    return ("triton", None) if reason is None else ("reference", reason)
+
+
+@torch.compiler.assume_constant_result
+def keep_constants(impl: str, device: torch.device, dtype: torch.dtype, channels: int) -> None:
+    """Make what kernels keep from call to call while a caller is compiled; made later, it would be a graph's memory."""
+    if device.type == "cuda" or impl == "triton":
+        _kernels().keep_constants(device, dtype, channels)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    key_blocks: int,
+    query_block: int,
+    key_block: int,
+    launch_order: Tensor | None,
+    table: Tensor,
+    order: Tensor,
+    valid_tokens: Tensor | None,
+    precision: str,
+    softmax_scale: float,
+    return_lse: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    formats, mask = parse(precision), BlockMask(bits, key_blocks, (query_block, key_block), launch_order)
+    out, lse = IMPLEMENTATIONS[choose(impl, q, mask, formats, softmax_scale)].run(
+        q, k, v, table=table, order=order, mask=mask, precision=formats, softmax_scale=softmax_scale,
+        valid_tokens=valid_tokens, return_lse=return_lse,
+    )  # fmt: skip
+    return out.contiguous(), lse.contiguous() if return_lse and lse is not None else _no_lse(q)
+
+
+def _fake(q: Tensor, *args) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    return_lse = args[-2]
+    return q.new_empty(q.shape), q.new_empty(batch, heads, tokens, dtype=lse_dtype(q)) if return_lse else _no_lse(q)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """float64 for float64 tensors, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    """What the operation returns where no lse is wanted, since it always returns two tensors."""
+    return q.new_empty(0, dtype=lse_dtype(q))
+
+
+NAME = "paroattn::attention"
+torch.library.define(
+    NAME,
+    "(Tensor q, Tensor k, Tensor v, Tensor bits, int key_blocks, int query_block, int key_block, "
+    "Tensor? launch_order, Tensor table, Tensor order, Tensor? valid_tokens, str precision, float softmax_scale, "
+    "bool return_lse, str impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl(NAME, "default")(_attention)
+torch.library.register_fake(NAME)(_fake)
