@@ -170,7 +170,8 @@ class Statistics:
         if before is not None:
             new = {name: getattr(before, name) + part for name, part in new.items()}
         calls = measured.calls + (before.calls if before else 0)
-        levels[level] = BlockStats(**new, calls=calls, rows=measured.rows.cpu() if self._sampled else None)
+        rows = measured.rows if self._sampled else None
+        levels[level] = BlockStats(**new, calls=calls, rows=None if rows is None else rows.cpu())
 
     @property
     def noise_levels(self) -> list[float]:

@@ -11,6 +11,8 @@
 This module defines what is measured and measures it in plain PyTorch; `stats.py` does so on a GPU.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -118,8 +120,9 @@ def _sample(count: int, stride: int, offset: int) -> Tensor:
     """One block of every `stride` neighbours, not always the same one: a grid's period cannot hide from it."""
     if not 1 <= stride <= count:
         raise ValueError(f"block_stride must be 1…{count} for {count} query blocks; got {stride}")
+    step = next(step for step in range(round(GOLDEN * stride), 2 * stride) if math.gcd(step, stride) == 1)
     first = torch.arange(0, count, stride)
-    blocks = first + (offset + first // stride * max(1, round(GOLDEN * stride))) % stride
+    blocks = first + (offset + first // stride * step) % stride
     return blocks[blocks < count]
 
 
@@ -270,14 +273,16 @@ class _Sums:
                 self.largest[index].scatter_reduce_(1, where, blocks.amax(2).mT, "amax")
 
 
-def _triton(*args, **kwargs) -> tuple[Tensor, ...]:
+def _triton(q: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl triton needs tensors on a GPU; got {q.device}. Use impl='torch'.")
     try:
         from .stats import map_sums
     except ImportError as error:
         raise RuntimeError(
             f"impl triton needs Triton 3.4 or newer; got {error}. pip install 'paroattn[gpu]', or use impl='torch'."
         ) from error
-    return map_sums(*args, small=SMALL, **kwargs)
+    return map_sums(q, *args, small=SMALL, **kwargs)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"torch": _torch, "triton": _triton}
