@@ -1,5 +1,7 @@
 """The statistics' Triton kernel against float64: in the interpreter on a CPU, on a GPU, and compiled without one."""
 
+import sys
+
 import pytest
 import torch
 from test_triton import check_counts, compiled
@@ -200,7 +202,7 @@ def test_an_old_gpu_is_named(monkeypatch):
 
 
 def test_a_missing_triton_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "paroattn.kernels.stats", None)
+    monkeypatch.setitem(sys.modules, "paroattn.kernels.stats", None)
     with pytest.raises(RuntimeError, match=r"needs Triton .* pip install 'paroattn\[gpu\]'"):
         Case().run()
 

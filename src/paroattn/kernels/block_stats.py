@@ -210,9 +210,7 @@ def _torch(
     return tuple(totals)
 
 
-def _parts(
-    table: Tensor, chosen: Tensor, rows: Tensor, measured: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+def _parts(table: Tensor, chosen: Tensor, rows: Tensor, measured: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Heads, candidates and the model's positions of the rows that they share.
 
     All orders of a whole map have the same rows, so one softmax serves them all; a sample is another one in each.
