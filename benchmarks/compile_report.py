@@ -29,7 +29,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from paroattn.block_mask import BlockMask
-from paroattn.kernels import hopper, prepare, sparse
+from paroattn.grid import Grid, Layout
+from paroattn.kernels import hopper, prepare, sparse, stats
+from paroattn.kernels.block_stats import SMALL
 from paroattn.precision import Precision
 from records import environment, merge
 
@@ -40,7 +42,7 @@ PRECISIONS = ("int8/fp8", "int8/int8", "int8/bf16", "bf16/int8", "bf16/bf16")
 BLOCKS = ("64x64", "64x128", "128x128")
 HEADS = (64, 128)
 COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}
-ATTENTION = ("sparse", "hopper")
+ONLY = {"attention": ("sparse", "hopper"), "stats": ("stats",)}
 TILE = ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS")
 TOKENS = 304
 
@@ -65,10 +67,11 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
         saved.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    for module in (prepare, sparse, hopper):
+    for module in (prepare, sparse, hopper, stats):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             put(module, name, Call(getattr(module, name), calls))
-    put(sparse, "capability", lambda device: divmod(arch, 10))
+    for module in (sparse, stats):
+        put(module, "capability", lambda device: divmod(arch, 10))
     try:
         yield calls
     finally:
@@ -87,6 +90,21 @@ def launches(arch: int, precision: str, block: str, head_dim: int, dtype: str) -
             precision=Precision.parse(precision), return_lse=False,
         )  # fmt: skip
     return calls
+
+
+def measurements(arch: int, block: str, head_dim: int, dtype: str) -> list[tuple[Any, tuple, dict]]:
+    """The launches of the statistics' kernel, without and with what only the paper's score needs."""
+    q = torch.zeros(1, TOKENS, 1, head_dim, dtype=getattr(torch, dtype))
+    rows, columns = (int(size) for size in block.split("x"))
+    table, blocks = Layout(Grid(1, 1, TOKENS)).table(("FHW",)), -(-TOKENS // rows)
+    with noted(arch) as calls:
+        for paper in (False, True):
+            stats.map_sums(
+                q, q, q, torch.eye(head_dim)[None], table=table, chosen=torch.zeros(1, 1, dtype=torch.int64),
+                rows=torch.arange(blocks), measured=torch.ones(1, blocks, rows, dtype=torch.bool), video=TOKENS,
+                block=(rows, columns), softmax_scale=0.1, paper=paper, small=SMALL,
+            )  # fmt: skip
+    return [call for call in calls if call[0].__name__ == "_stats_kernel"]
 
 
 def compiled(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
@@ -118,21 +136,22 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def report(
-    arch: int, precision: str, block: str, head_dim: int, dtype: str, only_sparse: bool, known: set[Any]
+    arch: int, precision: str, block: str, head_dim: int, dtype: str, only: str | None, known: set[Any]
 ) -> list[dict[str, Any]]:
     """One row per kernel of one configuration; those in `known` are left out, and the others put into it."""
     rows = []
-    for kernel, args, kwargs in launches(arch, precision, block, head_dim, dtype):
+    calls = [] if only == "stats" else launches(arch, precision, block, head_dim, dtype)
+    if precision == "bf16/bf16":
+        calls += measurements(arch, block, head_dim, dtype)
+    for kernel, args, kwargs in calls:
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         values = (*args, *kwargs.values())
         same = (arch, name, *(str(value.dtype if isinstance(value, torch.Tensor) else value) for value in values))
-        if same in known or (only_sparse and name not in ATTENTION):
+        if same in known or (only and name not in ONLY[only]):
             continue
         known.add(same)
-        variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else ""
-        tile = {
-            key: kwargs[key] for key in ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS") if key in kwargs
-        }
+        variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else "paper" * kwargs.get("PAPER", False)
+        tile = {key: kwargs[key] for key in TILE if key in kwargs}
         about = {"kernel": name, "arch": f"sm_{arch}", "precision": precision, "block": block, "head_dim": head_dim}
         row = about | {"dtype": dtype, "variant": variant, **{key.lower(): value for key, value in tile.items()}}
         rows.append(row | counts(compiled(kernel, args, kwargs, arch)))
@@ -146,7 +165,9 @@ def main() -> None:
     parser.add_argument("--block", nargs="+", default=BLOCKS)
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEADS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of q, k and v")
-    parser.add_argument("--sparse", action="store_true", help="the attention kernel only")
+    which = parser.add_mutually_exclusive_group()
+    for name, what in (("attention", "the attention kernels only"), ("stats", "the statistics' kernel only")):
+        which.add_argument(f"--{name}", dest="kernel", action="store_const", const=name, help=what)
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines and write no file")
     options = parser.parse_args()
     about = environment() | {"device": "none, compiled only", "triton": triton.__version__}
@@ -154,7 +175,7 @@ def main() -> None:
     for arch, precision, block, head_dim in product(options.arch, options.only, options.block, options.head_dim):
         if precision.endswith("fp8") and arch < 89:
             continue
-        for row in report(arch, precision, block, head_dim, options.dtype, options.sparse, known):
+        for row in report(arch, precision, block, head_dim, options.dtype, options.kernel, known):
             rows.append(about | row)
             print(json.dumps(row) if options.json else _line(row), flush=True)
     if not options.json:
@@ -165,7 +186,7 @@ def _line(row: dict[str, Any]) -> str:
     tile = " ".join(str(row.get(name, "")) for name in ("rows", "num_warps", "num_stages", "stages"))
     tile += " tma" * row.get("descriptors", False)
     about = (
-        f"{row['kernel']:7}{row['variant']:2}{row['arch']:6} {row['precision']:10} {row['block']:8} {row['head_dim']:4}"
+        f"{row['kernel']:7}{row['variant']:6}{row['arch']:6} {row['precision']:10} {row['block']:8} {row['head_dim']:4}"
     )
     return f"{about} {tile:12}" + "".join(
         f" {name} {row[name]:<5}" for name in ("registers", "spilled_bytes", "shared_bytes", *COUNTED)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from paroattn.capture import CaptureSettings, Statistics
 from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.integration.calibrate import calibrate
 from paroattn.kernels import block_stats as module
 from paroattn.kernels.block_stats import block_stats
+from paroattn.plan.search import PlanSettings, choose_orders, make_plan
 
 ORDERS = ("FHW", "WHF", "2x2x3")
 BLOCK = (16, 32)
@@ -100,3 +103,137 @@ def test_a_stride_that_leaves_a_block_without_rows_is_refused():
     q, k, v, w_o = _inputs(layout)
     with pytest.raises(ValueError, match="row_stride must leave every query block of 8 tokens a row; got 40"):
         block_stats(q, k, v, w_o, layout=layout, orders=ORDERS, block=(8, 8), row_stride=40)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 16])
+def test_the_samples_of_a_stride_hold_every_query_block_once(stride):
+    samples = [module._sample(37, stride, offset) for offset in range(stride)]
+    assert sorted(torch.cat(samples).tolist()) == list(range(37))
+    for sample in samples:
+        assert sample.tolist() == sorted(sample.tolist())
+        assert sample.diff().max() < 2 * stride  # no gap longer than two strides
+
+
+def test_a_sample_is_not_in_step_with_a_grid_s_period():
+    assert len({block % 32 for block in module._sample(512, 16, 3).tolist()}) > 8
+
+
+@pytest.mark.parametrize("text", [TextSpan(), TextSpan(9, "prefix")], ids=str)
+def test_a_sample_holds_the_rows_of_the_whole_map_and_nothing_else(text):
+    layout = Layout(Grid(3, 5, 7), text)
+    q, k, v, w_o = _inputs(layout)
+    whole = block_stats(q, k, v, w_o, layout=layout, orders=ORDERS, block=BLOCK)
+    assert whole.rows is None
+    for offset in range(3):
+        sample = block_stats(
+            q, k, v, w_o, layout=layout, orders=ORDERS, block=BLOCK, block_stride=3, block_offset=offset
+        )
+        assert sample.mass.shape[2] == len(sample.rows) < whole.mass.shape[2]
+        for name in ("mass", "error"):
+            torch.testing.assert_close(getattr(sample, name), getattr(whole, name)[:, :, sample.rows], msg=name)
+
+
+def test_samples_estimate_the_sums_of_the_whole_map_without_bias():
+    layout = Layout(Grid(3, 5, 7))
+    q, k, v, w_o = _inputs(layout)
+    settings = {"layout": layout, "orders": ORDERS, "block": (8, 32)}
+    whole = block_stats(q, k, v, w_o, **settings)
+    samples = [block_stats(q, k, v, w_o, **settings, block_stride=5, block_offset=offset) for offset in range(5)]
+    for name in ("mass", "error"):
+        total = torch.stack([getattr(sample, name).sum((2, 3)) * 5 for sample in samples]).mean(0)
+        torch.testing.assert_close(total, getattr(whole, name).sum((2, 3)), msg=name)
+    power = torch.stack([sample.output_power for sample in samples]).mean()
+    torch.testing.assert_close(power, whole.output_power)
+
+
+def test_each_head_can_be_measured_in_an_order_of_its_own():
+    layout = Layout(Grid(3, 5, 7), TextSpan(9, "prefix"))
+    q, k, v, w_o = _inputs(layout)
+    order = torch.tensor([2, 0, 1])
+    settings = {"layout": layout, "orders": ORDERS, "block": BLOCK}
+    for stride in ({}, {"block_stride": 2, "block_offset": 1}, {"row_stride": 3}):
+        every = block_stats(q, k, v, w_o, **settings, **stride)
+        own = block_stats(q, k, v, w_o, **settings, **stride, order=order)
+        assert own.mass.shape == (1, *every.mass.shape[1:])
+        for name in ("mass", "error", "sparse_share", "incoherence"):
+            picked = getattr(every, name)[order, torch.arange(HEADS)]
+            torch.testing.assert_close(getattr(own, name)[0], picked, msg=name)
+        if "block_stride" not in stride:
+            torch.testing.assert_close(own.output_power, every.output_power)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_stride": 8}, "block_stride must be 1…7 for 7 query blocks; got 8"),
+        ({"block_stride": 0}, "block_stride must be 1…7 for 7 query blocks; got 0"),
+        ({"order": torch.tensor([0, 1])}, r"one of 3 orders for each of 3 heads; got \[0, 1\]"),
+        ({"order": torch.tensor([0, 1, 3])}, r"one of 3 orders for each of 3 heads; got \[0, 1, 3\]"),
+        ({"impl": "cuda"}, "impl must be auto or one of torch, triton; got 'cuda'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    layout = Layout(Grid(3, 5, 7))
+    with pytest.raises(ValueError, match=message):
+        block_stats(*_inputs(layout), layout=layout, orders=ORDERS, block=BLOCK, **settings)
+
+
+def test_a_projection_that_loses_channels_does_as_well():
+    layout = Layout(Grid(2, 3, 5))
+    q, k, v, w_o = _inputs(layout)
+    w_o[1] = w_o[1, :1] * torch.arange(DIM)[:, None]
+    w_o[2] = 0
+    found = block_stats(q, k, v, w_o, layout=layout, orders=("FHW",), block=(8, 8))
+    outputs = [_map(q, k, b, h) @ v[b, :, h] @ w_o[h] for b in range(2) for h in range(HEADS)]
+    torch.testing.assert_close(found.output_power, sum(each.square().sum() for each in outputs))
+    assert found.error[0, 2].max() < 1e-12
+
+
+def _statistics(stride: int) -> Statistics:
+    layout = Layout(Grid(3, 5, 7), TextSpan(4, "prefix"))
+    settings = CaptureSettings(orders=ORDERS, block=BLOCK, block_stride=stride)
+    statistics = Statistics("Model", HEADS, DIM, layout, settings)
+    for step, level in enumerate((0.9, 0.9, 0.5, 0.2)):
+        statistics.add("layer", *_inputs(layout, 1, seed=step), level, block_stats)
+    return statistics
+
+
+def test_every_noise_level_has_a_sample_of_its_own_and_its_maps_share_it():
+    statistics, whole = _statistics(3), _statistics(1)
+    levels = statistics.layers["layer"]
+    for offset, level in enumerate((0.9, 0.5, 0.2)):
+        assert torch.equal(levels[level].rows, module._sample(7, 3, offset))
+    assert levels[0.9].calls == 2
+    for level, sums in levels.items():
+        expected = whole.layers["layer"][level].error[:, :, sums.rows]
+        torch.testing.assert_close(sums.error, expected)
+
+
+def test_orders_can_be_chosen_from_samples_and_masks_cannot_be_made(tmp_path):
+    statistics, whole = _statistics(3), _statistics(1)
+    assert statistics.mean("layer", "error").shape == (3, HEADS, 7, 4)  # three levels, every query block once
+    assert statistics.mean("layer", "output_power").ndim == 0
+    orders = choose_orders(statistics, "layer", PlanSettings(0.5, orders=ORDERS))
+    assert orders.shape == (HEADS,)
+    with pytest.raises(ValueError, match="a mask needs statistics of all query blocks; got one in 3"):
+        make_plan(statistics, PlanSettings(0.5, orders=ORDERS))
+    make_plan(whole, PlanSettings(0.5, orders=ORDERS))
+    again = Statistics.load(statistics.save(tmp_path / "statistics"))
+    assert again.settings == statistics.settings
+    assert torch.equal(again.mean("layer", "error"), statistics.mean("layer", "error"))
+    for level, sums in statistics.layers["layer"].items():
+        assert torch.equal(again.layers["layer"][level].rows, sums.rows)
+
+
+def test_a_sample_takes_less_memory():
+    layout = Layout(Grid(21, 45, 80))
+    with pytest.raises(ValueError, match="must stay below 16 GiB"):
+        Statistics("Model", 40, 128, layout, CaptureSettings(block=(128, 128))).check_size(40, 10)
+    Statistics("Model", 40, 128, layout, CaptureSettings(block=(128, 128), block_stride=32)).check_size(40, 10)
+    with pytest.raises(ValueError, match=r"must be positive; got \(64, 64\), 1 and 0"):
+        CaptureSettings(block_stride=0)
+
+
+def test_calibration_refuses_to_make_masks_from_a_sample_before_anything_runs():
+    with pytest.raises(ValueError, match=r"block_stride must be 1 to make a plan, .* got 16"):
+        calibrate(None, "a prompt", precision="fp32", capture=CaptureSettings(block_stride=16))

@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 SAME_LEVEL = 5
 FILES = ("statistics.json", "statistics.safetensors")
 LARGEST = 16 * 2**30
+MAPS = ("mass", "error")
 TENSORS = ("mass", "error", "sparse_share", "incoherence", "output_power")
 
 
@@ -37,12 +38,14 @@ class CaptureSettings:
         orders: Candidate orders.
         block: Tokens of a query block and of a key block.
         row_stride: Measure one query row in so many; 1 measures all.
+        block_stride: Measure one query block in so many, which is enough to choose orders; a mask needs all, 1.
         paper: Also measure what the paper's order score needs.
     """
 
     orders: tuple[str, ...] = ORDERS
     block: tuple[int, int] = (64, 64)
     row_stride: int = 1
+    block_stride: int = 1
     paper: bool = True
 
     def __post_init__(self):
@@ -50,8 +53,11 @@ class CaptureSettings:
             raise ValueError(f"candidate orders must be given and differ; got {self.orders}")
         for order in self.orders:
             check_order(order)
-        if min(self.block) < 1 or self.row_stride < 1:
-            raise ValueError(f"block and row stride must be positive; got {self.block} and {self.row_stride}")
+        if min(*self.block, self.row_stride, self.block_stride) < 1:
+            raise ValueError(
+                "block, row stride and block stride must be positive; "
+                f"got {self.block}, {self.row_stride} and {self.block_stride}"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,14 @@ class BlockStats:
     """Statistics of one self-attention, summed over `calls` maps (batch, prompts, guidance branches).
 
     Attributes:
-        mass: Post-softmax attention inside a block over its number of rows, (orders, H, Nq, Nk).
-        error: Squared output error that dropping the block causes, (orders, H, Nq, Nk).
-        sparse_share: Share of blocks with at least 90 % of entries below 1e-3, (orders, H).
-        incoherence: Mean over blocks of max P / mean P, (orders, H).
-        output_power: Σ over heads and rows of ‖o_r W_o‖².
+        mass: Post-softmax attention inside a block over its number of rows, (orders, H, Nq, Nk); of a sample, the
+            measured query blocks only, (orders, H, S, Nk).
+        error: Squared output error that dropping the block causes, likewise.
+        sparse_share: Share of measured blocks with at least 90 % of entries below 1e-3, (orders, H).
+        incoherence: Mean over measured blocks of max P / mean P, (orders, H).
+        output_power: Σ over heads and all rows of ‖o_r W_o‖²; of a sample, estimated from its rows.
         calls: How many maps were summed.
+        rows: Query blocks that were measured, (S,), rising; None: all.
     """
 
     mass: Tensor
@@ -73,6 +81,7 @@ class BlockStats:
     incoherence: Tensor
     output_power: Tensor
     calls: int
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -103,6 +112,7 @@ class Statistics:
             ValueError: If statistics of so many layers and noise levels pass 16 GiB.
         """
         rows, columns = (blocks_of(self.layout.grid.tokens, size) for size in self.settings.block)
+        rows = blocks_of(rows, self.settings.block_stride)
         size = 2 * 4 * layers * levels * len(self.settings.orders) * self.heads * rows * columns
         if size > LARGEST:
             raise ValueError(
@@ -122,6 +132,9 @@ class Statistics:
         measure: Callable[..., BlockStats],
     ) -> None:
         """Measure one self-attention call and add it up.
+
+        Every call measures other rows, where one in so many is measured. A sample of query blocks is the same for all
+        maps of a noise level, so that they can be averaged, and another one at every level.
 
         Args:
             layer: Module path.
@@ -148,23 +161,46 @@ class Statistics:
             block=self.settings.block,
             row_stride=self.settings.row_stride,
             row_offset=sum(sums.calls for sums in levels.values()),
+            block_stride=self.settings.block_stride,
+            block_offset=list(levels).index(level) if level in levels else len(levels),
             paper=self.settings.paper,
         )
         before = levels.get(level)
         new = {name: getattr(measured, name).float().cpu() for name in TENSORS}
         if before is not None:
             new = {name: getattr(before, name) + part for name, part in new.items()}
-        levels[level] = BlockStats(**new, calls=measured.calls + (before.calls if before else 0))
+        calls = measured.calls + (before.calls if before else 0)
+        rows = measured.rows if self._sampled else None
+        levels[level] = BlockStats(**new, calls=calls, rows=None if rows is None else rows.cpu())
 
     @property
     def noise_levels(self) -> list[float]:
         """Noise levels of the calibration schedule, falling."""
         return sorted(next(iter(self.layers.values())), reverse=True) if self.layers else []
 
+    @property
+    def _sampled(self) -> bool:
+        return self.settings.block_stride > 1
+
     def mean(self, layer: str, name: str, levels: list[float] | None = None) -> Tensor:
-        """A layer's statistic `name`, averaged over maps and over the given noise levels (all by default)."""
+        """A layer's statistic `name`, averaged over maps and over the given noise levels (all by default).
+
+        Of a sample of query blocks, mass and error are those of all levels one below the other, (orders, H, measured
+        query blocks, Nk): enough to compare orders.
+
+        Raises:
+            ValueError: If single levels of a sample are asked for, as for a mask, which needs all query blocks.
+        """
+        if self._sampled and levels is not None:
+            raise ValueError(
+                f"a mask needs statistics of all query blocks; got one in {self.settings.block_stride}, which is "
+                "enough to choose orders. Calibrate with block_stride=1."
+            )
         sums = [self.layers[layer][level] for level in (levels or self.noise_levels)]
-        return torch.stack([getattr(each, name) / each.calls for each in sums]).mean(0)
+        means = [getattr(each, name) / each.calls for each in sums]
+        if self._sampled and name in MAPS:
+            return torch.cat(means, -2)
+        return torch.stack(means).mean(0)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the statistics as a folder, all of it or nothing."""
@@ -216,25 +252,32 @@ class Statistics:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, levels in self.layers.items():
             for level, sums in levels.items():
-                for part in TENSORS:
+                for part in self._stored:
                     yield f"{name}@{level!r}.{part}", getattr(sums, part).contiguous()
+
+    @property
+    def _stored(self) -> tuple[str, ...]:
+        return (*TENSORS, "rows") if self._sampled else TENSORS
 
     @classmethod
     def _from(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Statistics":
         settings = dict(described["settings"])
         settings |= {"orders": tuple(settings["orders"]), "block": parse_block(settings["block"])}
-        return cls(
+        statistics = cls(
             model_class=described["model_class"],
             heads=described["heads"],
             head_dim=described["head_dim"],
             layout=Layout(Grid(*described["grid"]), TextSpan(**described["text"])),
             settings=CaptureSettings(**settings),
-            layers={
-                name: {
-                    float(level): BlockStats(*(tensors[f"{name}@{level}.{part}"] for part in TENSORS), calls=calls)
-                    for level, calls in levels.items()
-                }
-                for name, levels in described["calls"].items()
-            },
             made=described["made"],
         )
+        statistics.layers = {
+            name: {
+                float(level): BlockStats(
+                    **{part: tensors[f"{name}@{level}.{part}"] for part in statistics._stored}, calls=calls
+                )
+                for level, calls in levels.items()
+            }
+            for name, levels in described["calls"].items()
+        }
+        return statistics

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def calibrate(
     settings: PlanSettings | None = None,
     statistics: str | os.PathLike | None = None,
     seed: int = 0,
+    impl: str = "auto",
     progress: Callable[[float], None] | None = None,
     **call: Any,
 ) -> Plan:
@@ -52,6 +54,7 @@ def calibrate(
         settings: What else the plan should be.
         statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later.
         seed: Seed of the first prompt; the next ones count up.
+        impl: How attention maps are measured: "torch", "triton", or "auto", by device; see `block_stats`.
         progress: Called with the share of the work done, 0…1; a progress bar by default.
         call: Passed on to the pipeline, such as height, width, num_frames, guidance_scale.
 
@@ -69,9 +72,14 @@ def calibrate(
     settings = settings if density is None else replace(settings, density=density)
     capture = capture or needed_by(settings)
     settings.check_measured(capture)
+    if capture.block_stride > 1:
+        raise ValueError(
+            f"block_stride must be 1 to make a plan, since a mask needs all query blocks; got {capture.block_stride}. "
+            "`collect` measures a sample, from which orders can be chosen."
+        )
     if statistics is not None:
         check_writable(statistics, COMPONENTS)
-    measured = collect(pipe, prompts, steps=steps, capture=capture, seed=seed, progress=progress, **call)
+    measured = collect(pipe, prompts, steps=steps, capture=capture, seed=seed, impl=impl, progress=progress, **call)
     if statistics is not None:
         save_statistics(measured, statistics)
     return Plan({name: make_plan(each, settings) for name, each in measured.items()})
@@ -111,6 +119,7 @@ def collect(
     steps: int = STEPS,
     capture: CaptureSettings | None = None,
     seed: int = 0,
+    impl: str = "auto",
     progress: Callable[[float], None] | None = None,
     **call: Any,
 ) -> dict[str, Statistics]:
@@ -128,7 +137,7 @@ def collect(
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
     with ExitStack() as stack:
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
-        collector = _Collector(capture or CaptureSettings(), steps, len(prompts), report)
+        collector = _Collector(capture or CaptureSettings(), steps, len(prompts), impl, report)
         for name, transformer in transformers.items():
             stack.enter_context(recording(pipe, collector.observer(name), transformer=transformer))
         for index, prompt in enumerate(prompts):
@@ -179,8 +188,11 @@ def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
 class _Collector:
     """Turns recorded calls into statistics of each transformer."""
 
-    def __init__(self, settings: CaptureSettings, steps: int, prompts: int, progress: Callable[[float], None]):
+    def __init__(
+        self, settings: CaptureSettings, steps: int, prompts: int, impl: str, progress: Callable[[float], None]
+    ):
         self.settings, self.steps, self.prompts, self.progress = settings, steps, prompts, progress
+        self.measure = partial(block_stats, impl=impl)
         self.statistics: dict[str, Statistics] = {}
         self.seen: set[tuple[int, float]] = set()
         self.prompt = 0
@@ -202,7 +214,7 @@ class _Collector:
                 statistics = Statistics(type(transformer).__name__, heads, head_dim, layout, self.settings)
                 statistics.check_size(len(self_attentions(transformer)), self.steps)
                 self.statistics[component] = statistics
-            statistics.add(layer, q, k, v, output_projection(attention, q.shape[2]), noise_level, block_stats)
+            statistics.add(layer, q, k, v, output_projection(attention, q.shape[2]), noise_level, self.measure)
             self.seen.add((self.prompt, noise_level))
             self.progress(min(1.0, len(self.seen) / (self.steps * self.prompts)))
 
