@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_p_is_rounded_as_the_reference_says(keys):
     scores = (got.q.double() @ got.k.double().mT) * got.q_scale[..., None] * got.k_scale[..., None]
     expected = (255 * (scores - scores.amax(-1, keepdim=True)).exp2()).round()
     p = 255 * out / out.amax(-1, keepdim=True)
-    assert (p - p.round()).abs().max() <= 1e-3
+    assert (p - p.round()).abs().max() <= 1e-2
     assert off_by_one(p.round(), expected) <= (1e-4 if DEVICE == "cuda" else 2e-3)  # the interpreter fuses no product
     assert expected.mean() > 10
     torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), atol=1e-5, rtol=0)
@@ -285,7 +286,8 @@ def test_slices_of_a_fused_projection_do_as_well():
     expected, _ = case.run("int8")
     case.q, case.k, case.v = torch.stack([case.q, case.k, case.v], -1).unbind(-1)
     assert case.q.stride(-1) == 3
-    assert torch.equal(case.run("int8")[0], expected)
+    got, _ = case.run("int8")
+    assert (got - expected).norm() <= (0 if DEVICE == "cpu" else 2e-3) * expected.norm()  # compiled anew on a GPU
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -436,11 +438,24 @@ def test_a_missing_triton_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_every_gpu_has_a_tile(capability):
-    for precision in ("int8", "int8/fp8", "fp16", "int8-qk"):
-        for d_pad in (64, 128):
-            tile = sparse.tile_of(capability, Precision.parse(precision), d_pad)
-            assert not tile.descriptors or capability >= (9, 0)
+def test_every_gpu_has_a_tile(capability, monkeypatch):
+    monkeypatch.setattr(sparse, "INTERPRETED", False)
+    monkeypatch.setattr(sparse, "HAS_GLUON", False)
+    for precision, block, d_pad in product(("int8", "int8/fp8", "fp16", "int8-qk"), sparse.BLOCKS, (64, 128)):
+        tile = sparse.tile_of(capability, Precision.parse(precision), block, d_pad)
+        assert isinstance(tile, sparse.Tile) and (not tile.descriptors or capability[0] == 9)
+
+
+def test_hopper_has_its_own_kernel_for_products_of_8_bits(monkeypatch):
+    monkeypatch.setattr(sparse, "INTERPRETED", False)
+    for precision, block, d_pad in product(("int8", "int8/fp8", "bf16", "int8-qk"), sparse.BLOCKS, (64, 128)):
+        formats = Precision.parse(precision)
+        ring = sparse.tile_of((9, 0), formats, block, d_pad)
+        assert isinstance(ring, sparse.Ring) == (formats.pv in ("int8", "fp8"))
+        assert isinstance(sparse.tile_of((10, 0), formats, block, d_pad), sparse.Tile)
+        with monkeypatch.context() as old_triton:
+            old_triton.setattr(sparse, "HAS_GLUON", False)
+            assert isinstance(sparse.tile_of((9, 0), formats, block, d_pad), sparse.Tile)
 
 
 def compiled(*options: str) -> list[dict]:
