@@ -18,8 +18,12 @@ from paroattn.grid import Grid, TextSpan, token_order
 from paroattn.phases import Phase
 from paroattn.plan.plan import LayerPlan, TransformerPlan
 
+BUNDLED = {
+    0.3: (0.1225, 0.2032, 0.2802, 0.3857, 0.5359),
+}
+"""5, 25, 50, 75 and 95 % quantiles of head density in the bundled model's plans, by their mean."""
 CONCENTRATION = 12.0
-"""Of the beta distribution; fitted to plans of the bundled model at densities 0.2, 0.3 and 0.5."""
+"""Of the beta distribution; fitted to `BUNDLED`."""
 LENGTHS = (0.03, 1.0)
 """Shortest and longest length of attention along an axis, as a share of it."""
 JITTER = 0.3

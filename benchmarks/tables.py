@@ -204,6 +204,77 @@ def prepare_gpu() -> str:
     return table(head, lines) + f"\n{where(rows)}.\n" if rows else NOTHING
 
 
+def end_to_end() -> str:
+    """One forward of every model: one line per row, the slowest kind first as it was measured."""
+
+    def label(row: dict) -> str:
+        what = [row["impl"]]
+        if row["block"]:
+            what.append(f"{row['density']:g} {row['precision']} {row['block']}")
+        on = ["compiled" if row["compiled"] else "eager"]
+        on += ["FP8 linears"] * row["fp8_linears"] + [row["step_cache"]] * bool(row["step_cache"])
+        on += [row["kernel"]] * (row["impl"] == "stock") + ["whole model"] * (not row["extrapolated"])
+        return f"{row['model']}, {' '.join(what)}, {', '.join(on)}"
+
+    text = ""
+    for gpu in GPUS:
+        rows = rows_of(f"end_to_end_{gpu}")
+        timed = [row for row in rows if row["ms"]]
+        names = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock")
+        lines = [
+            [label(row), f"{row['ms']:.4g}" if row["ms"] < 1000 else f"{row['ms']:.0f}"]
+            + [f"{row[name]:.2f}×" if row[name] else "–" for name in names]
+            + [f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"]
+            for row in sorted(timed, key=lambda row: row["model"], reverse=True)
+        ]
+        head = ["one forward", "ms", "against dense", "dense, same linears", "stock", "peak, GiB"]
+        text += table(head, lines) + f"\n{where(timed)}, diffusers {timed[0]['diffusers']}.\n" if timed else ""
+        reasons = {row["impl"]: row["reason"] for row in rows if row["ms"] is None}
+        ran = {row["impl"] for row in timed}
+        text += "".join(f"\nNot measured: {impl}, {why}.\n" for impl, why in reasons.items() if impl not in ran)
+    return text or NOTHING
+
+
+def roofline() -> str:
+    """Where the time of compiled forwards goes: what attention alone can bring, what it has brought, what remains."""
+    text = ""
+    for gpu in GPUS:
+        rows = [
+            row
+            for row in rows_of(f"end_to_end_{gpu}")
+            if row["ms"] and row["compiled"] and not row["fp8_linears"] and not row["step_cache"]
+        ]
+        names = ("model", "impl", "density", "precision")
+        whole = {tuple(row[name] for name in names): row["ms"] for row in rows if not row["extrapolated"]}
+        split = [row for row in rows if row["extrapolated"] and row["attention_ms"]]
+        dense = {row["model"]: row for row in split if row["impl"] == "cudnn"}
+        lines = []
+        for row in split:
+            if row["impl"] != "paroattn" or row["precision"] != "int8/fp8" or row["model"] not in dense:
+                continue
+            before = dense[row["model"]]
+            share = before["attention_ms"] / before["ms"]
+            free, reached = 1 / (1 - share), before["ms"] / row["ms"]
+            sparse = 1 / (1 - share * (1 - row["density_executed"]))
+            parts = [row[f"{part}_ms"] / row["ms"] for part in ("attention", "prepare", "linear", "other")]
+            around = (row["other_ms"] - before["other_ms"]) / row["ms"]
+            measured = whole.get(tuple(row[name] for name in names))
+            lines.append(
+                [f"{row['model']}, {row['density']:g}", f"{share:.0%}", f"{sparse:.2f}×", f"{free:.2f}×"]
+                + [f"{reached:.2f}×", f"{reached / free:.0%}"]
+                + [f"{part:.1%}" if part < 0.1 else f"{part:.0%}" for part in parts]
+                + [f"{around:.1%}", f"{abs(row['ms'] / measured - 1):.1%}" if measured else "–"]
+            )
+        head = [
+            "model, density", "attention's share, dense", "bound, kept blocks alone",
+            "bound, attention free",
+            "reached", "of that bound", "then attention", "preparing", "linear", "other", "other, added by ours",
+            "line off the whole model",
+        ]  # fmt: skip
+        text += table(head, lines) + f"\n{where(split)}.\n" if lines else ""
+    return text or NOTHING
+
+
 def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callable[[dict], str]) -> str:
     """A table with a line for each combination of the fields `names` and a column for each density; none, no table."""
     timed = [row for row in rows if row["ms"] is not None]
@@ -228,6 +299,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-gpu-short": attention_gpu_short,
     "kernels-gpu": kernels_gpu,
     "prepare-gpu": prepare_gpu,
+    "end-to-end": end_to_end,
+    "roofline": roofline,
 }
 
 
