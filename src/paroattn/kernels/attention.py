@@ -17,6 +17,8 @@ OWN_PRECISION = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "f
 
 _checked_tables = WeakTensorKeyDictionary()
 _checked_orders = WeakTensorKeyDictionary()
+_checked_pairs: dict[tuple[int, int], tuple[weakref.ref, weakref.ref]] = {}
+PAIRS_KEPT = 4096
 _parts: "weakref.WeakKeyDictionary[BlockMask, dict[tuple[int, ...], tuple[BlockMask, Tensor]]]"
 _parts = weakref.WeakKeyDictionary()
 
@@ -184,6 +186,10 @@ def _check_order_values(table: Tensor, order: Tensor) -> None:
     """Look at the values of a table and an order when they are first seen, where looking stalls no GPU for long."""
     if torch.compiler.is_compiling() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
+    pair = id(table), id(order)
+    known = _checked_pairs.get(pair)
+    if known is not None and known[0]() is table and known[1]() is order:  # the same layer again: no slow look-up
+        return
     if table not in _checked_tables:
         wanted = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
         wrong = (table.sort(-1).values != wanted).any(-1).nonzero()
@@ -195,6 +201,9 @@ def _check_order_values(table: Tensor, order: Tensor) -> None:
         if lowest < 0 or highest >= len(table):
             raise ValueError(f"order must name rows 0…{len(table) - 1} of table; got {lowest}…{highest}")
         _checked_orders[order] = len(table)
+    if len(_checked_pairs) >= PAIRS_KEPT:
+        _checked_pairs.clear()
+    _checked_pairs[pair] = weakref.ref(table), weakref.ref(order)
 
 
 def _check_text(text_tokens: int, valid_text: Tensor | None, q: Tensor) -> Tensor | None:
