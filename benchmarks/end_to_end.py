@@ -21,6 +21,7 @@ blocks; `density_executed` counts text, which is always dense.
 """
 
 import argparse
+import copy
 import functools
 import gc
 import inspect
@@ -225,7 +226,7 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
         raise Wrong(f"{model.name} with all blocks kept is off from stock by {error:.2g}; at most {LARGEST_ERROR:g}")
     bench = Bench(transformer, model, inputs, choice)
     for kind in kinds(model, choice):
-        start = time.perf_counter()
+        start, graphs = time.perf_counter(), _graphs()
         try:
             row = bench.row(kind, at)
         except Exception as failure:  # a backend of someone else fails in ways of its own, and others are still to come
@@ -233,7 +234,8 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
             row |= {"depth": sum(model.depth), "extrapolated": choice.depths is not None}
         _free()
         row = _about(model, device) | row
-        print(f"{described(row)}  ({time.perf_counter() - start:.0f} s)", flush=True)
+        compiled_now = f", {_graphs() - graphs} graphs" if kind.compiled else ""
+        print(f"{described(row)}  ({time.perf_counter() - start:.0f} s{compiled_now})", flush=True)
         yield row
 
 
@@ -261,7 +263,7 @@ class Bench:
             known = [value for value in values if value is not None]
             return _significant(whole_model(known, at, depth)) if len(known) == len(at) else None
 
-        parts = {f"{part}_ms": whole(each.parts and each.parts[part] for each in found) for part in PARTS}
+        parts = {f"{part}_ms": whole(each.parts[part] if each.parts else None for each in found) for part in PARTS}
         numbers = {"ms": whole(each.ms for each in found), **parts, "peak_gib": whole(each.gib for each in found)}
         about = {"depth": sum(depth), "extrapolated": self.choice.depths is not None}
         measured = [{"depth": list(where), "ms": _significant(each.ms)} for where, each in zip(at, found, strict=True)]
@@ -372,8 +374,8 @@ def _any_direct(layers: dict[str, Any]) -> bool:
 
 def _unmasked(processor: Any) -> Any:
     """A processor like this one that attends without a mask."""
-    made = type(processor).__new__(_unmasked_class(type(processor)))
-    vars(made).update(vars(processor))
+    made = copy.copy(processor)
+    made.__class__ = _unmasked_class(type(processor))
     return made
 
 
@@ -640,6 +642,11 @@ def _reset_peak() -> None:
 def _peak(beside: int) -> float | None:
     """Peak memory in GiB without what blocks take that do not take part."""
     return (torch.cuda.max_memory_allocated() - beside) / GIB if torch.cuda.is_available() else None
+
+
+def _graphs() -> int:
+    """Graphs compiled so far; many in one row mean that blocks do not share them."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _free() -> None:
