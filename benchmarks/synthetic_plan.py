@@ -1,9 +1,9 @@
 """Plans without a calibration, for timing: every head attends locally, and heads differ in density as real ones do.
 
 A head has a length of attention along each axis of the video. Its order makes the axis along which it is most local the
-slowest, and it keeps the blocks that are nearest to each other in units of those lengths. How densities spread over the
-heads of a layer follows the bundled model's plans: a beta distribution of the stated mean and one concentration. Every
-layer has the same mean, so that blocks of a model take the same time and times of few blocks tell those of many.
+slowest, and it keeps the blocks that are nearest to each other in units of those lengths. Densities spread over the
+heads of a layer as they do over the bundled model's heads at the same mean. Every layer has that mean, so that blocks
+of a model take the same time and times of few blocks tell those of many.
 """
 
 import math
@@ -19,11 +19,16 @@ from paroattn.phases import Phase
 from paroattn.plan.plan import LayerPlan, TransformerPlan
 
 BUNDLED = {
+    0.1: (0.0169, 0.0649, 0.1113, 0.1362, 0.1784),
+    0.2: (0.0329, 0.1474, 0.1896, 0.2584, 0.3606),
     0.3: (0.1225, 0.2032, 0.2802, 0.3857, 0.5359),
+    0.4: (0.1587, 0.2459, 0.3901, 0.4961, 0.7253),
+    0.5: (0.1956, 0.2950, 0.5040, 0.6376, 0.9354),
+    0.7: (0.2858, 0.4624, 0.7301, 0.9584, 1.0000),
 }
-"""5, 25, 50, 75 and 95 % quantiles of head density in the bundled model's plans, by their mean."""
-CONCENTRATION = 12.0
-"""Of the beta distribution; fitted to `BUNDLED`."""
+"""Quantiles of head density, over layers, phases and heads, in plans of the bundled model, by their mean: the plan that
+ships, at 0.3, and plans by the same rule from the same statistics."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LENGTHS = (0.03, 1.0)
 """Shortest and longest length of attention along an axis, as a share of it."""
 JITTER = 0.3
@@ -47,7 +52,7 @@ def synthetic_plan(
     return TransformerPlan(
         model_class, heads, head_dim, grid, text, block, (Phase(0.0, 1.0),),
         {name: _layer(seed, heads, grid, density, block, precision, device) for seed, name in enumerate(layers)},
-        {"synthetic": {"density": density, "concentration": CONCENTRATION}},
+        {"synthetic": {"density": density}},
     )  # fmt: skip
 
 
@@ -61,14 +66,24 @@ def head_densities(density: float, heads: int) -> Tensor:
         raise ValueError(f"the density must be above 0 and at most 1; got {density}")
     if density == 1:
         return torch.ones(heads, dtype=torch.float64)
-    x = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    share = ((density * CONCENTRATION - 1) * x.log() + ((1 - density) * CONCENTRATION - 1) * (-x).log1p()).exp()
-    share = share.cumsum(0) / share.sum()
-    wanted = (torch.arange(heads, dtype=torch.float64) + 0.5) / heads
-    found = x[torch.searchsorted(share, wanted).clamp_max(len(x) - 1)]
-    for _ in range(20):  # few quantiles have another mean than the distribution
+    found = _quantiles(density, torch.linspace(0, 1, heads, dtype=torch.float64))
+    for _ in range(20):  # few quantiles have another mean than the whole spread
         found = (found * density / found.mean()).clamp_max(1.0)
     return found
+
+
+def _quantiles(density: float, shares: Tensor) -> Tensor:
+    """Density below which a share of the bundled model's heads is, at a mean between or beside those of `BUNDLED`."""
+    means = torch.tensor([0.0, *BUNDLED, 1.0], dtype=torch.float64)
+    known = torch.tensor([[0.0] * 5, *BUNDLED.values(), [1.0] * 5], dtype=torch.float64)
+    at = int(torch.searchsorted(means, density)) - 1
+    part = (density - means[at]) / (means[at + 1] - means[at])
+    low, *middle, high = torch.lerp(known[at], known[at + 1], part).tolist()
+    ends = [low - (middle[0] - low) / 4, low, *middle, high, min(1.0, high + (high - middle[-1]) / 4)]
+    values = torch.tensor(ends, dtype=torch.float64).clamp_min(low / 2)
+    places = torch.tensor([0.0, *QUANTILES, 1.0], dtype=torch.float64)
+    i = torch.searchsorted(places, shares).clamp(1, len(places) - 1)
+    return torch.lerp(values[i - 1], values[i], (shares - places[i - 1]) / (places[i] - places[i - 1]))
 
 
 def _layer(

@@ -166,6 +166,7 @@ def bundled_quantiles():
 def test_heads_spread_as_the_bundled_models_at_the_same_mean(density, heads):
     if density == "bundled":
         density, wanted = bundled_quantiles()
+        assert wanted.tolist() == pytest.approx(synthetic_plan.BUNDLED[0.3], abs=1e-4)
     else:
         wanted = torch.tensor(synthetic_plan.BUNDLED[density], dtype=torch.float64)
     found = synthetic_plan.head_densities(density, heads)
@@ -187,6 +188,14 @@ def test_a_plan_has_the_spread_and_the_mean_in_every_layer(block):
     assert (torch.quantile(each.flatten(), QUANTILES) - wanted).abs().max() < 0.05
     assert not torch.equal(each[0], each[1])
     assert {order for layer in plan.layers.values() for order in layer.orders} == set(ORDERS)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.15, 0.25, 0.45, 0.6, 0.85, 0.99])
+def test_between_the_means_of_the_table_densities_rise_within_0_and_1_to_the_stated_mean(density):
+    found = synthetic_plan.head_densities(density, 24)
+    assert found.mean().item() == pytest.approx(density, abs=1e-6)
+    assert (found.diff() >= 0).all()
+    assert 0 < found[0] < found[-1] <= 1
 
 
 def test_heads_attend_locally():
