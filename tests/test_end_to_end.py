@@ -212,6 +212,14 @@ def test_heads_attend_locally():
     assert kept.diagonal(dim1=1, dim2=2).all()
 
 
+def test_every_query_block_keeps_its_own_keys_however_sparse_the_head():
+    grid, text = Grid(9, 10, 12), ARCHITECTURES["wan-14b-480p"].text
+    plan = synthetic_plan.synthetic_plan("Any", ["one"], 12, 64, grid, text, density=0.03, block=(16, 32))
+    kept = plan.layers["one"].mask[0].dense()
+    rows = torch.arange(kept.shape[1])
+    assert kept[:, rows, rows * 16 // 32].all()
+
+
 def test_a_plan_of_density_1_keeps_all_and_others_are_refused():
     made = synthetic_plan.synthetic_plan(
         "Any", ["one"], 3, 64, Grid(3, 5, 7), ARCHITECTURES["wan-14b-480p"].text, density=1.0, block=(32, 64)

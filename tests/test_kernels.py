@@ -2,6 +2,7 @@
 
 import gc
 import math
+import weakref
 from threading import Thread
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paroattn
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import ORDERS, Grid, Layout, TextSpan
+from paroattn.kernels import attention as public
 from paroattn.kernels import cpu, library, reference
 from paroattn.precision import Precision
 
@@ -682,6 +684,15 @@ def test_an_order_is_checked_again_for_a_shorter_table():
     case.attention()
     with pytest.raises(ValueError, match="order must name rows 0…5 of table; got 0…6"):
         case.attention(table=case.table[:6].clone())
+
+
+def test_a_table_at_the_place_in_memory_of_one_that_was_checked_is_checked_too(monkeypatch):
+    case = Case(dtype=torch.float32)
+    table = torch.zeros_like(case.table)
+    known = weakref.ref(case.table), weakref.ref(case.order)
+    monkeypatch.setitem(public._checked_pairs, (id(table), id(case.order)), known)
+    with pytest.raises(ValueError, match="must hold each position once"):
+        case.attention(table=table)
 
 
 def test_gradients_are_no_matter_where_none_are_recorded():
