@@ -33,8 +33,8 @@ def planned_attention(
     """Self-attention of one layer as its plan says.
 
     Args:
-        q, k, v: (B, N, H, D) after norm and RoPE, in the model's token order: the video in raster order (frames slowest),
-            text before or after it. All heads of the layer.
+        q, k, v: (B, N, H, D) after norm and RoPE, in the model's token order: the video in raster order, frames
+            slowest, and text before or after it. All heads of the layer.
         plan: The transformer's part of a plan, such as `Plan.from_pretrained(folder)["transformer"]`.
         layer: Name of the layer in the plan.
         phase: Index of the phase; `plan.phase_at(noise_level)` finds it, once a step.
