@@ -212,7 +212,7 @@ def _pipeline(args: argparse.Namespace) -> Any:
 
         return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
     settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype}
-    load = read_arguments(args.load)
+    load = dict.fromkeys(args.without) | read_arguments(args.load)
     return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
 
 

@@ -60,8 +60,12 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
         "--offload", default="none", help="none, model or group: what waits on the CPU (default: %(default)s)"
     )
     sub.add_argument(
+        "--without", nargs="+", default=[], metavar="COMPONENT",
+        help="do not load these, such as text_encoder tokenizer where prompts are embeddings",
+    )  # fmt: skip
+    sub.add_argument(
         "--load", action="append", default=[], metavar="NAME=VALUE",
-        help="more for from_pretrained, such as revision=main or text_encoder=null",
+        help="more for from_pretrained, such as variant=fp16 or revision=main",
     )  # fmt: skip
     sub.add_argument(
         "--seed", type=int, default=0, help="seed of the clips; calibration counts up from it (default: %(default)s)"

@@ -1,6 +1,7 @@
 """Loads a diffusers pipeline by folder or hub id, and reads what its call takes from files and command lines."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def load_pipeline(
     kind = dtype_of(dtype, device)
     kinds = kind if vae_dtype is None else {"default": kind, "vae": dtype_of(vae_dtype, device)}
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=kinds, **load)
+        with warnings.catch_warnings():  # a newer name for it is not known to older versions
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=kinds, **load)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{model!r} is neither demo, nor a diffusers model folder or hub id that loads here: {error}. "
