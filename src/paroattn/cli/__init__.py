@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parser
-from .doctor import doctor
+from .doctor import examine
 from .terminal import console, end, plan_table, say, say_summary, stages, steps
 
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
@@ -310,5 +310,5 @@ COMMANDS = {
     "show": _show,
     "generate": _generate,
     "evaluate": _evaluate,
-    "doctor": doctor,
+    "doctor": examine,
 }

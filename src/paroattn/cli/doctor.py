@@ -24,7 +24,7 @@ LOWEST = {"torch": (2, 8), "triton": (3, 4), "diffusers": (0, 38)}
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def doctor(args: argparse.Namespace) -> dict[str, Any]:
+def examine(args: argparse.Namespace) -> dict[str, Any]:
     """Check this machine: what is installed, whether every kernel agrees with the reference, and how fast it is."""
     from ..evaluation.forecast import workload
 
