@@ -189,6 +189,12 @@ def test_dtypes_are_those_asked_for(models):
     assert load_pipeline(models["wan"], device="cpu", **load).transformer.dtype == torch.float32
 
 
+def test_another_class_than_the_model_s_own_may_load_it(models):
+    load = dict.fromkeys(LEFT_OUT["wan"])
+    pipe = load_pipeline(models["wan"], pipeline="WanVideoToVideoPipeline", device="cpu", **load)
+    assert type(pipe).__name__ == "WanVideoToVideoPipeline"
+
+
 def test_offloading_is_asked_of_diffusers():
     asked = []
 
@@ -249,6 +255,7 @@ def test_a_wrong_use_says_what_and_why(models, words, tmp_path, capsys):
         "none.png": [*generate, *cat, "--image", tmp_path / "none.png"],
         "offload must be one of none, model, group; got disk": [*generate, *cat, "--offload", "disk"],
         "offload model needs a GPU": [*generate, *cat, "--device", "cpu", "--offload", "model"],
+        "pipeline must be a class in diffusers": [*generate, *cat, "--pipeline", "SoraPipeline"],
         "dtype must be one of bf16, fp16, fp32; got fp8": [*generate, *cat, "--dtype", "fp8"],
         "expected ['scheduler', 'text_encoder'": [
             "generate",

@@ -211,7 +211,7 @@ def _pipeline(args: argparse.Namespace) -> Any:
         from ..demo.pipeline import load_demo
 
         return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
-    settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype}
+    settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype, "pipeline": args.pipeline}
     load = dict.fromkeys(args.without) | read_arguments(args.load)
     return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
 

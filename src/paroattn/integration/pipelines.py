@@ -17,6 +17,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def load_pipeline(
     model: str,
     *,
+    pipeline: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     vae_dtype: str | None = None,
@@ -28,6 +29,7 @@ def load_pipeline(
 
     Args:
         model: Folder or hub id.
+        pipeline: Class in diffusers; the one that the model names by default.
         device: Where it runs; the GPU if there is one.
         dtype: "bf16", "fp16" or "fp32"; bf16 on a GPU and fp32 on a CPU by default.
         vae_dtype: The same for the VAE alone; that of all others by default.
@@ -39,16 +41,19 @@ def load_pipeline(
         ValueError: If there is no such pipeline, it does not load here, or a setting is unknown.
         RuntimeError: If there is nothing to offload from.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     _check_offload(offload)
+    kind_of_pipeline: Any = getattr(diffusers, pipeline or "DiffusionPipeline", None)
+    if not hasattr(kind_of_pipeline, "from_pretrained"):
+        raise ValueError(f"pipeline must be a class in diffusers, such as WanVideoToVideoPipeline; got {pipeline!r}")
     device = device or default_device()
     kind = dtype_of(dtype, device)
     kinds = kind if vae_dtype is None else {"default": kind, "vae": dtype_of(vae_dtype, device)}
     try:
         with warnings.catch_warnings():  # a newer name for it is not known to older versions
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=kinds, **load)
+            pipe = kind_of_pipeline.from_pretrained(model, torch_dtype=kinds, **load)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{model!r} is neither demo, nor a diffusers model folder or hub id that loads here: {error}. "
