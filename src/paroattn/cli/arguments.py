@@ -52,7 +52,9 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help='"demo" for the bundled model, or a diffusers model folder or hub id')
-    sub.add_argument("--pipeline", help="class in diffusers, such as WanVideoToVideoPipeline (default: the model's own)")
+    sub.add_argument(
+        "--pipeline", help="class in diffusers, such as WanVideoToVideoPipeline (default: the model's own)"
+    )
     sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
     sub.add_argument("--dtype", help="bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)")
     sub.add_argument("--vae-dtype", help="of the VAE alone (default: as --dtype)")
