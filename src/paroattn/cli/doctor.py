@@ -162,9 +162,9 @@ def _without_cache(device: Any, asked: bool) -> str | None:
     """A folder for compiled kernels that cannot be written."""
     if device.type != "cuda":
         return None
-    import triton
+    from triton import knobs
 
-    folder = Path(triton.knobs.cache.dir)
+    folder = Path(knobs.cache.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -234,9 +234,10 @@ def milliseconds(call: Callable[[], Any], device: torch.device | str) -> float:
 
 def _dense_milliseconds(heads_first: Sequence[Tensor], device: torch.device | str) -> float:
     """PyTorch's own choice, or cuDNN's attention where that runs and is faster."""
+    q, k, v = heads_first
 
     def dense() -> Tensor:
-        return F.scaled_dot_product_attention(*heads_first)
+        return F.scaled_dot_product_attention(q, k, v)
 
     times = [milliseconds(dense, device)]
     if torch.device(device).type == "cuda":

@@ -87,5 +87,6 @@ def _placed(name: str, value: Any, pipe: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
-    cast = "embeds" in name and value.is_floating_point() and transformer is not None
-    return value.to(getattr(pipe, "_execution_device", pipe.device), transformer.dtype if cast else value.dtype)
+    cast = "embeds" in name and value.is_floating_point()
+    dtype = getattr(transformer, "dtype", value.dtype) if cast else value.dtype
+    return value.to(getattr(pipe, "_execution_device", pipe.device), dtype)
