@@ -246,7 +246,7 @@ def output_projection(transformer: nn.Module, layer: str, attention: Any, dtype:
     Blocks with one stream project attention and feed-forward together, attention first. Weights in a quantised form are
     read through the layer, in `dtype`.
     """
-    projection = getattr(attention, "to_out", None)
+    projection: Any = getattr(attention, "to_out", None)
     if projection is None:
         projection = transformer.get_submodule(layer.rpartition(".")[0]).proj_out
     if isinstance(projection, nn.ModuleList | nn.Sequential):
