@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels.library import IMPLEMENTATIONS
-from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan
+from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan, own_config
 from ..precision import Precision
 from .backend import Call, Observer
 from .hook import PlanHook, hook_of
@@ -46,7 +46,7 @@ def apply(
     for name, part in plans.items():
         _check_free(transformers[name])
         sizes = {layer: head_size(attn) for layer, attn in self_attentions(transformers[name]).items()}
-        part.check_fits(type(transformers[name]).__name__, sizes)
+        part.check_fits(type(transformers[name]).__name__, sizes, own_config(transformers[name]))
     hooks = {name: PlanHook(transformers[name], pipeline, part, **settings) for name, part in plans.items()}
     for name, hook in hooks.items():
         hook.install(transformers[name])
