@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..grid import Layout
 from ..kernels.library import IMPLEMENTATIONS
 from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan, own_config
 from ..precision import Precision
@@ -87,7 +88,8 @@ def recording(target: Any, observer: Callable[..., None], *, transformer: nn.Mod
         target: A diffusers pipeline or one transformer, without a plan.
         observer: Called as observer(layer, attn, q, k, v, noise_level, branch, grid, text, transformer) before each
             attention: module path and module, q, k, v (B, N, H, D) after RoPE, noise level or None, name of the
-            guidance branch or None, sequence, and the model it belongs to.
+            guidance branch or None, sequence, and the model it belongs to. Padded text is cut off; batch elements with
+            different numbers of real tokens are shown one after another.
         transformer: Watch only this one of the pipeline's.
 
     Raises:
@@ -136,10 +138,8 @@ def report(target: Any) -> Report:
 
 
 def _observing(transformer: nn.Module, observer: Callable[..., None]) -> Observer:
-    def observe(layer: str, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-        assert call.layout is not None
-        grid, text = call.layout.grid, call.layout.text
-        observer(layer, attn, q, k, v, call.noise_level, call.branch, grid, text, transformer)
+    def observe(layer: str, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> None:
+        observer(layer, attn, q, k, v, call.noise_level, call.branch, layout.grid, layout.text, transformer)
 
     return observe
 

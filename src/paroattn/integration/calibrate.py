@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..capture import CaptureSettings, Statistics
@@ -22,6 +23,8 @@ from .generate import run
 from .models import self_attentions
 
 STEPS = 10
+LOUD = 1024
+"""Input that makes a weight much larger than the bias beside it, which 16-bit numbers would round away."""
 
 
 def calibrate(
@@ -216,16 +219,51 @@ class _Collector:
                 statistics = Statistics(type(transformer).__name__, heads, head_dim, layout, self.settings)
                 statistics.check_size(len(self_attentions(transformer)), self.steps)
                 self.statistics[component] = statistics
-            statistics.add(layer, q, k, v, output_projection(attention, q.shape[2]), noise_level, self.measure)
+            if grid != statistics.layout.grid:
+                raise ValueError(
+                    f"all calls of a calibration must have one grid; got {statistics.layout.grid} and {grid}. "
+                    "Calibrate each size by itself."
+                )
+            w_o = output_projection(transformer, layer, attention, q.dtype)
+            with _layout(statistics, Layout(grid, text)):  # the length of the text may differ from call to call
+                statistics.add(layer, q, k, v, w_o, noise_level, self.measure)
             self.seen.add((self.prompt, noise_level))
             self.progress(min(1.0, len(self.seen) / (self.steps * self.prompts)))
 
         return observe
 
 
-def output_projection(attention: Any, heads: int) -> Tensor:
-    """Output projection of each head, (H, D, channels)."""
-    return attention.to_out[0].weight.detach().mT.unflatten(0, (heads, -1))
+@contextmanager
+def _layout(statistics: Statistics, layout: Layout) -> Iterator[None]:
+    usual, statistics.layout = statistics.layout, layout
+    try:
+        yield
+    finally:
+        statistics.layout = usual
+
+
+def output_projection(transformer: nn.Module, layer: str, attention: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Output projection of each head for the video, (H, D, channels).
+
+    Blocks with one stream project attention and feed-forward together, attention first. Weights in a quantised form are
+    read through the layer, in `dtype`.
+    """
+    projection = getattr(attention, "to_out", None)
+    if projection is None:
+        projection = transformer.get_submodule(layer.rpartition(".")[0]).proj_out
+    if isinstance(projection, nn.ModuleList | nn.Sequential):
+        projection = projection[0]
+    weight: Any = projection.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
+        weight = _through(projection, attention.inner_dim, weight.device, dtype)
+    return weight.detach()[:, : attention.inner_dim].mT.unflatten(0, (attention.heads, -1))
+
+
+@torch.no_grad()
+def _through(linear: Any, inputs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights of the first inputs, (channels, inputs), from what a layer makes of each alone."""
+    unit = torch.eye(inputs, linear.in_features, device=device, dtype=dtype)
+    return ((linear(unit * LOUD) - linear(torch.zeros_like(unit[:1]))) / LOUD).mT
 
 
 def _name_on_hub(pipe: Any) -> str | None:

@@ -8,6 +8,7 @@ copy. Only the cache context and the reset come through a diffusers hook, on an 
 import inspect
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..grid import Grid, Layout, TextSpan
 from ..plan.plan import PlanError, TransformerPlan
 from ..precision import Precision
 from .backend import LAYOUTS_KEPT, Call, Layer, Observer
-from .models import self_attentions, spec_of
+from .models import GridUnknown, matches, self_attentions, spec_of
 from .processor import planned_processor
 from .schedule import NoiseSchedule, branch_of
 
@@ -78,7 +79,15 @@ class PlanHook(ModelHook):
         planned = plan.layers if plan else {}
         self._orders = tuple(sorted({order for layer in planned.values() for order in layer.orders}))
         self.layers = {
-            name: Layer(name, attn, self, planned.get(name), self._orders)
+            name: Layer(
+                name,
+                attn,
+                self,
+                planned.get(name),
+                self._orders,
+                video_only=matches(name, self.spec.video_only),
+                padding_last=self.spec.padding_last,
+            )
             for name, attn in self_attentions(transformer).items()
         }
         for layer in self.layers.values():
@@ -110,17 +119,18 @@ class PlanHook(ModelHook):
     def before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at a call and decide how its layers run."""
         arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments
-        grid, text = self.spec.grid(transformer, arguments), self.spec.text(transformer, arguments)
+        grid, has = self._grid(transformer, arguments)
+        text = self.spec.text(transformer, arguments)
         context = self.context.current
         noise_level = self.schedule.level(context)
         self._notice_replaced()
-        phase, reason = self._decide(grid, text, noise_level)
+        phase, reason = self._decide(grid, has, text, noise_level)
         layout = Layout(grid, text) if grid else None
         self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
         if layout is not None and phase is not None:
             self._follow(phase, layout, next(x.device for x in arguments.values() if isinstance(x, Tensor)))
         self.calls["sparse" if reason is None else reason] += 1
-        self.grids[str(grid)] += 1
+        self.grids[has] += 1
 
     def after(self, *_: Any) -> None:
         self.call = None
@@ -156,18 +166,31 @@ class PlanHook(ModelHook):
             if layer.plan is not None:
                 layer.follow(phase, layout, device)
 
-    def _decide(self, grid: Grid | None, text: TextSpan, noise_level: float | None) -> tuple[int | None, str | None]:
+    def _grid(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Grid | None, str]:
+        """Size of the video in tokens, and in words; or what the call has instead."""
+        try:
+            grid = self.spec.grid(transformer, arguments)
+        except GridUnknown as unknown:
+            return None, str(unknown)
+        return grid, str(grid)
+
+    def _decide(
+        self, grid: Grid | None, has: str, text: TextSpan, noise_level: float | None
+    ) -> tuple[int | None, str | None]:
         """The phase, or the reason why the call runs dense."""
         plan = self.plan
         if self.dense_depth:
             return None, ON_REQUEST
         if plan is None:
             if grid is None:
-                raise PlanError("the call's arguments must tell the grid; got none. Pass latents (B, C, F, H, W).")
+                raise PlanError(
+                    f"the call's arguments must tell the grid; this call has {has}. A plan covers one video or image "
+                    "on one grid: calibrate without reference images or frames."
+                )
             return None, "recording"
         if grid != plan.grid:
             return None, self.fall_back(
-                f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {grid}",
+                f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {has}",
                 "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
             )
         if text.tokens and text.side != plan.text.side:
