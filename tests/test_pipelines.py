@@ -212,7 +212,17 @@ def test_diffusers_takes_what_offloading_hands_it(models):
 
 def test_arguments_are_json_or_text_or_files(tmp_path):
     (tmp_path / "list.json").write_text("[1, 2]")
-    pairs = ["a=1", "b=0.5", "c=true", "d=null", "e=some words", "f=[1,2]", 'g="1"', f"h=@{tmp_path / 'list.json'}", "i="]
+    pairs = [
+        "a=1",
+        "b=0.5",
+        "c=true",
+        "d=null",
+        "e=some words",
+        "f=[1,2]",
+        'g="1"',
+        f"h=@{tmp_path / 'list.json'}",
+        "i=",
+    ]
     expected = {"a": 1, "b": 0.5, "c": True, "d": None, "e": "some words", "f": [1, 2], "g": "1", "h": [1, 2], "i": ""}
     assert read_arguments(pairs) == expected
 
@@ -240,7 +250,12 @@ def test_a_wrong_use_says_what_and_why(models, words, tmp_path, capsys):
         "offload must be one of none, model, group; got disk": [*generate, *cat, "--offload", "disk"],
         "offload model needs a GPU": [*generate, *cat, "--device", "cpu", "--offload", "model"],
         "dtype must be one of bf16, fp16, fp32; got fp8": [*generate, *cat, "--dtype", "fp8"],
-        "expected ['scheduler', 'text_encoder'": ["generate", models["wan"], *generate[2 + len(without("wan")) :], *cat],
+        "expected ['scheduler', 'text_encoder'": [
+            "generate",
+            models["wan"],
+            *generate[2 + len(without("wan")) :],
+            *cat,
+        ],
     }
     for message, arguments in wrong.items():
         assert paro(*arguments) == 2, arguments
