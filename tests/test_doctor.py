@@ -114,6 +114,7 @@ def test_an_error_far_above_the_reference_s_own_is_wrong_even_if_close_to_it():
     check = selfcheck._timed("kernel", 0.01, lambda: (0.05, 0.02, 0.005))
     assert check.problem is not None and "off from float64 by 0.05; the reference by 0.02" in check.problem
     assert selfcheck._timed("kernel", 0.01, lambda: (0.03, 0.02, 0.005)).problem is None
+    assert selfcheck._timed("kernel", 0.01, lambda: (0.02, 0.02, 0.0101)).problem is not None
 
 
 @pytest.mark.parametrize(("capability", "precisions"), [((8, 0), 2), ((8, 9), 3), ((9, 0), 3)])

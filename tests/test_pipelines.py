@@ -145,6 +145,7 @@ def test_prompts_in_a_file_may_bring_pictures_of_their_own(models, words, tmp_pa
     assert isinstance(cat, Prompt) and isinstance(dog, Prompt)
     assert (cat, dog, dog.arguments) == ("a cat", "a dog", {})
     assert cat.arguments["max_sequence_length"] == 12 and cat.arguments["image"].size == (64, 48)
+    assert cat.arguments["image"].getpixel((5, 5)) == (255, 0, 0)
 
 
 def test_a_prompt_s_own_arguments_win_and_embeddings_replace_its_words(monkeypatch):

@@ -68,7 +68,7 @@ class Workload:
                 raise ValueError(
                     f"size must be {known} or FRAMESxHEIGHTxWIDTH in pixels, such as 81x480x832; got {size!r}"
                 ) from None
-        latent = (-(-(frames - 1) // self.stride[0]) + 1, height // self.stride[1], width // self.stride[2])
+        latent = ((frames - 1) // self.stride[0] + 1, height // self.stride[1], width // self.stride[2])
         if min(latent) < 1:
             raise ValueError(f"size must be at least {self.stride[1]}x{self.stride[2]} pixels; got {size}")
         return Layout(Grid(*latent), self.text)
