@@ -435,7 +435,7 @@ class VariantPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(self, prompt=None, generator=None, num_inference_steps=2, output_type="latent", calls=None) -> Any:
+    def __call__(self, prompt=None, generator=None, num_inference_steps=2, output_type="latent", *, calls) -> Any:
         self.scheduler.set_timesteps(num_inference_steps)
         for timestep in self.scheduler.timesteps:
             for branch in ("cond", "uncond"):

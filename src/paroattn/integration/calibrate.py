@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..capture import CaptureSettings, Statistics
@@ -15,13 +16,15 @@ from ..files import check_writable, writing_folder
 from ..grid import Grid, Layout, TextSpan
 from ..kernels.attention import OWN_PRECISION
 from ..kernels.block_stats import block_stats
-from ..plan.plan import COMPONENTS, Plan
+from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
 from ..plan.search import PlanSettings, make_plan
 from .apply import recording
 from .generate import run
 from .models import self_attentions
 
 STEPS = 10
+LOUD = 1024
+"""Input that makes a weight much larger than the bias beside it, which 16-bit numbers would round away."""
 
 
 def calibrate(
@@ -143,8 +146,10 @@ def collect(
         for index, prompt in enumerate(prompts):
             collector.prompt = index
             run(pipe, prompt, seed + index, steps=steps, output_type="latent", **call)
-    for each in collector.statistics.values():
-        each.made = made | {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
+    made["model"] = _name_on_hub(pipe)
+    for name, each in collector.statistics.items():
+        measured = {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
+        each.made = made | measured | {"component": name, "config": own_config(transformers[name])}
     return collector.statistics
 
 
@@ -219,7 +224,7 @@ class _Collector:
                     f"all calls of a calibration must have one grid; got {statistics.layout.grid} and {grid}. "
                     "Calibrate each size by itself."
                 )
-            w_o = output_projection(transformer, layer, attention)
+            w_o = output_projection(transformer, layer, attention, q.dtype)
             with _layout(statistics, Layout(grid, text)):  # the length of the text may differ from call to call
                 statistics.add(layer, q, k, v, w_o, noise_level, self.measure)
             self.seen.add((self.prompt, noise_level))
@@ -237,18 +242,34 @@ def _layout(statistics: Statistics, layout: Layout) -> Iterator[None]:
         statistics.layout = usual
 
 
-def output_projection(transformer: nn.Module, layer: str, attention: Any) -> Tensor:
+def output_projection(transformer: nn.Module, layer: str, attention: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """Output projection of each head for the video, (H, D, channels).
 
-    Blocks with one stream project attention and feed-forward together, attention first.
+    Blocks with one stream project attention and feed-forward together, attention first. Weights in a quantised form are
+    read through the layer, in `dtype`.
     """
-    projection = getattr(attention, "to_out", None)
+    projection: Any = getattr(attention, "to_out", None)
     if projection is None:
         projection = transformer.get_submodule(layer.rpartition(".")[0]).proj_out
     if isinstance(projection, nn.ModuleList | nn.Sequential):
         projection = projection[0]
     weight: Any = projection.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
+        weight = _through(projection, attention.inner_dim, weight.device, dtype)
     return weight.detach()[:, : attention.inner_dim].mT.unflatten(0, (attention.heads, -1))
+
+
+@torch.no_grad()
+def _through(linear: Any, inputs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights of the first inputs, (channels, inputs), from what a layer makes of each alone."""
+    unit = torch.eye(inputs, linear.in_features, device=device, dtype=dtype)
+    return ((linear(unit * LOUD) - linear(torch.zeros_like(unit[:1]))) / LOUD).mT
+
+
+def _name_on_hub(pipe: Any) -> str | None:
+    """Id of the repository that the pipeline was loaded from; a folder of this machine is nobody else's business."""
+    name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _is_plain(value: Any) -> bool:
