@@ -7,7 +7,8 @@ those of one call in the model's own pipeline: CogVideoX runs both branches of t
 call of its own, HunyuanVideo and FLUX have the guidance distilled into one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,20 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
+from paroattn.block_mask import parse_block
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration.models import self_attentions
+from paroattn.plan.plan import TransformerPlan
 from shapes import NO_TEXT
+from synthetic_plan import synthetic_plan
 
 Inputs = dict[str, Any]
+Blocks = Mapping[str, nn.ModuleList]
+"""Repeated blocks by the name of their list."""
 CROSS_TEXT = 512
 """Text tokens of models that see them through cross-attention."""
+MAIN_BLOCK = {64: "64x128", 128: "128x128"}
+"""The fastest blocks of a plan, by head dimension."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Architecture:
         config: Its arguments.
         blocks: Lists of repeated blocks, and the argument of `config` that says how many each has.
         grid: Size of the video in tokens.
+        workload: Name and size by which `paro doctor` knows it.
         inputs: Makes the arguments of one call, from the architecture, the device and the dtype.
         text: Text in the sequence of the self-attentions.
         batch: Of one call.
@@ -45,6 +54,7 @@ class Architecture:
     config: Mapping[str, Any]
     blocks: Mapping[str, str]
     grid: Grid
+    workload: tuple[str, str]
     inputs: Callable[["Architecture", torch.device, torch.dtype], Inputs]
     text: TextSpan = NO_TEXT
     batch: int = 1
@@ -151,12 +161,16 @@ _TWO = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_si
 
 
 def _wan(name: str, config: Mapping[str, Any], grid: Grid, inputs: Any = wan_inputs) -> Architecture:
-    return Architecture(name, "WanTransformer3DModel", config, _ONE, grid, inputs)
+    model, _, size = name.rpartition("-")
+    return Architecture(name, "WanTransformer3DModel", config, _ONE, grid, (model, size), inputs)
 
 
 def _flux(name: str, side: int) -> Architecture:
     text = TextSpan(512, "prefix")
-    return Architecture(name, "FluxTransformer2DModel", _FLUX_DEV, _TWO, Grid(1, side, side), flux_inputs, text)
+    model, _, size = name.rpartition("-")
+    return Architecture(
+        name, "FluxTransformer2DModel", _FLUX_DEV, _TWO, Grid(1, side, side), (model, size), flux_inputs, text
+    )
 
 
 ARCHITECTURES = {
@@ -168,11 +182,11 @@ ARCHITECTURES = {
         _wan("wan2.2-5b-720p", _WAN_5B, Grid(31, 22, 40), wan_tokenwise_inputs),  # TI2V, 121 frames of 704×1280
         Architecture(
             "cogvideox-5b", "CogVideoXTransformer3DModel", _COGVIDEOX_5B, {"transformer_blocks": "num_layers"},
-            Grid(13, 30, 45), cogvideox_inputs, TextSpan(226, "prefix"), batch=2,
+            Grid(13, 30, 45), ("cogvideox-5b", "480p"), cogvideox_inputs, TextSpan(226, "prefix"), batch=2,
         ),  # 49 frames of 480×720
         Architecture(
             "hunyuanvideo-720p", "HunyuanVideoTransformer3DModel", _HUNYUANVIDEO, _TWO,
-            Grid(33, 45, 80), hunyuanvideo_inputs, TextSpan(256, "suffix"),
+            Grid(33, 45, 80), ("hunyuanvideo", "720p"), hunyuanvideo_inputs, TextSpan(256, "suffix"),
         ),  # 129 frames of 720×1280
         _flux("flux-1024", 64),  # FLUX.1-dev, one image of 1024×1024
         _flux("flux-2048", 128),
@@ -202,25 +216,43 @@ def built(model: Architecture, depth: tuple[int, ...], device: torch.device, dty
     return transformer.eval().requires_grad_(False)
 
 
-def shortened(transformer: Any, model: Architecture, depth: tuple[int, ...]) -> Any:
-    """Keep the first so many blocks of each kind; returns what `lengthened` needs to put the others back."""
-    whole = {name: getattr(transformer, name) for name in model.blocks}
-    for (name, blocks), count in zip(whole.items(), depth, strict=True):
-        if not 1 <= count <= len(blocks):
-            raise ValueError(f"{name} must keep 1…{len(blocks)} blocks; got {count}")
-        setattr(transformer, name, nn.ModuleList(blocks[:count]))
-    return whole
+def first_blocks(transformer: Any, model: Architecture, depth: tuple[int, ...]) -> Blocks:
+    """The first so many repeated blocks of each kind.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
+    for name, count in zip(model.blocks, depth, strict=True):
+        if not 1 <= count <= len(getattr(transformer, name)):
+            raise ValueError(f"{name} must keep 1…{len(getattr(transformer, name))} blocks; got {count}")
+    return {name: getattr(transformer, name)[:count] for name, count in zip(model.blocks, depth, strict=True)}
 
 
-def lengthened(transformer: Any, whole: Mapping[str, nn.ModuleList]) -> None:
-    """Put the blocks back that `shortened` has taken."""
-    for name, blocks in whole.items():
-        setattr(transformer, name, blocks)
+@contextmanager
+def only(transformer: Any, blocks: Blocks) -> Iterator[None]:
+    """Let a transformer have these blocks and no others for a while."""
+    whole = {name: getattr(transformer, name) for name in blocks}
+    try:
+        for name, some in blocks.items():
+            setattr(transformer, name, some)
+        yield
+    finally:
+        for name, all_ in whole.items():
+            setattr(transformer, name, all_)
 
 
 def planned_layers(transformer: Any) -> tuple[str, ...]:
     """Paths of the self-attentions that a plan covers."""
     return tuple(self_attentions(transformer))
+
+
+def plan_of(transformer: Any, model: Architecture, density: float, block: str) -> TransformerPlan:
+    """A synthetic plan for all self-attentions of a transformer."""
+    device = next(transformer.parameters()).device
+    return synthetic_plan(
+        model.transformer, planned_layers(transformer), model.heads, model.head_dim, model.grid, model.text,
+        density=density, block=parse_block(block), device=device,
+    )  # fmt: skip
 
 
 def _noise(model: Architecture, device: torch.device, dtype: torch.dtype) -> Tensor:

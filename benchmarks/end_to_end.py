@@ -21,89 +21,62 @@ blocks; `density_executed` counts text, which is always dense.
 """
 
 import argparse
-import copy
 import functools
 import gc
-import inspect
 import json
-import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
-from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from architectures import ARCHITECTURES, Architecture, built, lengthened, planned_layers, shortened
-from paroattn import apply, remove, report
+from architectures import (
+    ARCHITECTURES,
+    MAIN_BLOCK,
+    Architecture,
+    Blocks,
+    Inputs,
+    built,
+    first_blocks,
+    only,
+    plan_of,
+    planned_layers,
+)  # fmt: skip
+from forwards import BACKENDS, BASELINE, attending, caching, compiled, fp8_linears
+from gate import LARGEST_ERROR, Wrong, attention_error, check_output, check_what_ran
+from kernel_times import PARTS, Breakdown, breakdown, profiled
+from paroattn import apply, remove
 from paroattn.block_mask import parse_block
-from paroattn.integration.adapters import dispatching
-from paroattn.integration.models import self_attentions
-from paroattn.kernels.attention import OWN_PRECISION
+from paroattn.evaluation.forecast import Forecast, forecast, workload
 from paroattn.plan.plan import TransformerPlan
-from peers import Missing, wanted
+from peers import Missing
 from records import environment, merge
-from synthetic_plan import synthetic_plan
+from timing import medians
 
-OURS, BASELINE, STOCK = "paroattn", "cudnn", "stock"
+OURS, STOCK = "paroattn", "stock"
 KEY = (
     "device", "model", "impl", "density", "precision", "block", "compiled", "fp8_linears", "step_cache", "depth",
     "extrapolated",
 )  # fmt: skip
-PARTS = ("attention", "prepare", "linear", "other")
 NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "peak_gib")
-SPEEDUPS = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock")
-MAIN_BLOCK = {64: "64x128", 128: "128x128"}
-"""By head dimension."""
-MASK = "encoder_attention_mask"
+NOT_TIMED = ("kernel", "predicted_ms", "density_executed")
+COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead")
 EVERY_SECOND = "first-block, every second step"
-DEPTHS = (2, 6)
-LARGEST_ERROR = 0.02
-"""Of a self-attention's output, projection included: the norm of the difference to stock over the norm of stock."""
-SHARPER = 4.0
-"""What norms of q are multiplied by before outputs are compared: random weights attend to everything alike, and a token
-in the wrong place would change little."""
-AGREEMENT = 0.03
+MODES = {"eager": False, "compiled": True}
+DEPTHS, SMOKE_DEPTHS = (2, 6), (1, 2)
+GROUPS = ("stock", "cudnn", "sage2", "paroattn", "cache", "fp8")
+HEADLINE = "headline"
+KERNELS_KEPT = 16
+"""How many kernels a profile lists."""
 GIB = 2**30
-COMPILE: dict[str, Any] = {}
-"""Arguments of torch.compile."""
-LEAST_FEATURES = 256
-"""Linear layers with fewer in- or outputs stay as they are."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """How diffusers is told to attend densely.
-
-    Attributes:
-        name: Of diffusers' backend.
-        sdpa: The same for models that call PyTorch's attention themselves.
-        precision: Formats of the two products, QK/PV.
-        module: What must be installed.
-    """
-
-    name: str
-    sdpa: SDPBackend | None
-    precision: str
-    module: str | None = None
-
-
-BACKENDS = {
-    BASELINE: Backend("_native_cudnn", SDPBackend.CUDNN_ATTENTION, "bf16/bf16"),
-    "sage2": Backend("sage", None, "int8/fp8", "sageattention"),
-}
 
 
 @dataclass(frozen=True)
@@ -126,14 +99,28 @@ class Kind:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to measure of a model."""
+    """What to measure of a model.
 
-    groups: tuple[str, ...] = ("stock", "cudnn", "sage2", "paroattn", "cache", "fp8")
+    Attributes:
+        groups: Which rows, by the names in `kinds`.
+        densities, precisions, block: Of ours.
+        modes: Of `MODES`.
+        depths: Two to draw a line through; None measures the whole model.
+        rounds: Forwards to take the median of.
+        profile: Rows list the kernels that take longest.
+        forecast: Eager rows of cuDNN's attention and ours say what `paro doctor` predicts.
+        impl: Implementation of ours.
+    """
+
+    groups: tuple[str, ...] = GROUPS
     densities: tuple[float, ...] = (0.5, 0.3, 0.2)
     precisions: tuple[str, ...] = ("int8/fp8", "int8/int8")
     block: str | None = None
+    modes: tuple[str, ...] = tuple(MODES)
     depths: tuple[int, int] | None = DEPTHS
     rounds: int = 5
+    profile: bool = False
+    forecast: bool = False
     impl: str = "auto"
 
 
@@ -144,47 +131,42 @@ class Measured:
     Attributes:
         ms: Median time.
         gib: Peak memory of a model of this depth; None on a CPU.
-        parts: Milliseconds by `PARTS`; None where not profiled.
-        kernel: Name of what attends longest.
+        profile: None where not profiled.
     """
 
     ms: float
     gib: float | None = None
-    parts: dict[str, float] | None = None
-    kernel: str | None = None
-
-
-class Wrong(Exception):
-    """An output is not what it should be."""
+    profile: Breakdown | None = None
 
 
 # What is measured
 
 
 def kinds(model: Architecture, choice: Choice) -> list[Kind]:
-    """All rows of the groups; FP8 linears last, since weights stay quantised."""
-    block = choice.block or MAIN_BLOCK[model.head_dim]
-    both, first = (False, True), choice.precisions[0]
-    ours = functools.partial(Kind, OURS, block=block)
-    lowest = min(choice.densities)
-    fastest = ours(lowest, first, compiled=True)
-    dense = Kind(BASELINE, precision=BACKENDS[BASELINE].precision, compiled=True)
+    """All rows of the groups, each once; FP8 linears last, since weights stay quantised."""
+    modes = [MODES[name] for name in choice.modes]
+    ours = functools.partial(Kind, OURS, block=choice.block or MAIN_BLOCK[model.head_dim])
+    fastest = ours(min(choice.densities), choice.precisions[0], compiled=True)
+    dense, sage2 = (Kind(name, precision=BACKENDS[name].precision, compiled=True) for name in (BASELINE, "sage2"))
+    fp8 = [replace(each, fp8_linears=True) for each in (dense, fastest)]
     groups = {
+        HEADLINE: [Kind(STOCK), dense, fastest],
         "stock": [Kind(STOCK)],
-        "cudnn": [replace(dense, compiled=compiled) for compiled in both],
-        "sage2": [Kind("sage2", precision=BACKENDS["sage2"].precision, compiled=compiled) for compiled in both],
+        "cudnn": [replace(dense, compiled=each) for each in modes],
+        "sage2": [replace(sage2, compiled=each) for each in modes],
         "paroattn": [
-            ours(density, precision, compiled=compiled)
-            for compiled in both
+            ours(density, precision, compiled=each)
+            for each in modes
             for precision in choice.precisions
             for density in choice.densities
         ],
         "cache": [replace(each, step_cache=EVERY_SECOND) for each in (dense, fastest)],
-        "fp8": [replace(each, fp8_linears=True) for each in (dense, fastest)],
+        "fp8": fp8,
     }
     if choice.depths is None:
-        groups = {"cudnn": [dense], "paroattn": [fastest], "fp8": [replace(fastest, fp8_linears=True)]}
-    return sorted((kind for name in choice.groups for kind in groups.get(name, ())), key=lambda kind: kind.fp8_linears)
+        groups = {"cudnn": [dense], "paroattn": [fastest], "fp8": fp8[1:]}
+    found = dict.fromkeys(kind for name in choice.groups for kind in groups.get(name, ()))
+    return sorted(found, key=lambda kind: kind.fp8_linears)
 
 
 def points(model: Architecture, depths: tuple[int, int] | None) -> list[tuple[int, ...]]:
@@ -218,10 +200,8 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
     transformer = built(model, tuple(map(max, zip(*at, strict=True))), where, dtype)
     inputs = model.inputs(model, where, dtype)
     error = attention_error(transformer, model, inputs, choice.impl)
-    print(
-        f"{model.name}: built and compared with stock, error {error:.2g}, {time.perf_counter() - start:.1f} s",
-        flush=True,
-    )
+    seconds = time.perf_counter() - start
+    print(f"{model.name}: built and compared with stock, error {error:.2g}, {seconds:.1f} s", flush=True)
     if not error <= LARGEST_ERROR:
         raise Wrong(f"{model.name} with all blocks kept is off from stock by {error:.2g}; at most {LARGEST_ERROR:g}")
     bench = Bench(transformer, model, inputs, choice)
@@ -230,7 +210,7 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
         try:
             row = bench.row(kind, at)
         except Exception as failure:  # a backend of someone else fails in ways of its own, and others are still to come
-            row = asdict(kind) | dict.fromkeys((*NUMBERS, "kernel")) | {"reason": _reason(failure)}
+            row = asdict(kind) | dict.fromkeys((*NUMBERS, *NOT_TIMED)) | {"reason": _reason(failure)}
             row |= {"depth": sum(model.depth), "extrapolated": choice.depths is not None}
         _free()
         row = _about(model, device) | row
@@ -242,406 +222,166 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
 class Bench:
     """A transformer, its inputs and its plans."""
 
-    def __init__(self, transformer: Any, model: Architecture, inputs: dict[str, Any], choice: Choice):
+    def __init__(self, transformer: Any, model: Architecture, inputs: Inputs, choice: Choice):
         self.transformer, self.model, self.inputs, self.choice = transformer, model, inputs, choice
         self.plans: dict[tuple[float, str], TransformerPlan] = {}
+        self.forecasts: dict[float, Forecast] = {}
         self.quantised = False
         self._graph: tuple[Any, ...] | None = None
 
-    def row(self, kind: Kind, at: list[tuple[int, ...]]) -> dict[str, Any]:
+    def row(self, kind: Kind, at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         """Everything about a row but speed-ups and where it ran."""
+        self._make_ready(kind)
+        blocks = {depth: first_blocks(self.transformer, self.model, depth) for depth in at}
+        with torch.no_grad(), self.running(kind) as forward:
+            if kind.step_cache:
+                found = [self.cached(kind, some, forward) for some in blocks.values()]
+            else:
+                found = self.in_turns(kind, blocks, forward)
+        return asdict(kind) | self._numbers(kind, found, at) | self._about(kind, found, at)
+
+    def _make_ready(self, kind: Kind) -> None:
         if kind.fp8_linears and not self.quantised:
             fp8_linears(self.transformer, self.model)
             self.quantised = True
         if kind.graph != self._graph:
             torch._dynamo.reset()
             self._graph = kind.graph
-        found = [self.measured(kind, depth) for depth in at]
-        depth = self.model.depth
 
-        def whole(values: Iterable[float | None]) -> float | None:
-            known = [value for value in values if value is not None]
-            return _significant(whole_model(known, at, depth)) if len(known) == len(at) else None
+    @contextmanager
+    def running(self, kind: Kind) -> Iterator[Callable[[], Any]]:
+        """What is on in a row, but for a step cache, around a forward."""
+        transformer = self.transformer
+        with ExitStack() as stack:
+            if kind.impl != STOCK:
+                backend = BACKENDS.get(kind.impl, BACKENDS[BASELINE])
+                stack.enter_context(attending(transformer, backend, kind.impl != OURS, self.inputs))
+            if kind.impl == OURS:
+                apply(transformer, self.plan(kind), precision=kind.precision, impl=self.choice.impl)
+                stack.callback(remove, transformer)
+            if kind.compiled and not kind.step_cache:
+                stack.enter_context(compiled(transformer, self.model))
+            yield lambda: transformer(**self.inputs, return_dict=False)[0]
 
-        parts = {f"{part}_ms": whole(each.parts[part] if each.parts else None for each in found) for part in PARTS}
-        numbers = {"ms": whole(each.ms for each in found), **parts, "peak_gib": whole(each.gib for each in found)}
-        about = {"depth": sum(depth), "extrapolated": self.choice.depths is not None}
-        measured = [{"depth": list(where), "ms": _significant(each.ms)} for where, each in zip(at, found, strict=True)]
-        executed = {"density_executed": self.executed(kind), "kernel": found[-1].kernel}
-        return asdict(kind) | about | numbers | executed | {"measured": measured}
+    def in_turns(self, kind: Kind, blocks: Mapping[Any, Blocks], forward: Callable[[], Any]) -> list[Measured]:
+        """A forward at every depth. Depths take turns, so that all of them see the same clock of the GPU."""
 
-    def plan(self, density: float, block: str) -> TransformerPlan:
-        """A plan for as many blocks as the transformer has now."""
-        layers, made = planned_layers(self.transformer), self.plans.get((density, block))
-        if made is None or not set(layers) <= set(made.layers):
-            made = plan_of(self.transformer, self.model, density, block)
-            self.plans[density, block] = made
-        return replace(made, layers={name: made.layers[name] for name in layers})
+        def shallow(some: Blocks) -> Callable[[], Any]:
+            def call() -> Any:
+                with only(self.transformer, some):
+                    return forward()
+
+            return call
+
+        calls = {depth: shallow(some) for depth, some in blocks.items()}
+        for depth, call in calls.items():
+            check_output(call(), self.inputs)
+            if kind.impl == OURS and not kind.compiled:
+                with only(self.transformer, blocks[depth]):
+                    check_what_ran(self.transformer, self.inputs["hidden_states"].device)
+        gib = {depth: self.peak(call, blocks[depth]) for depth, call in calls.items()}
+        ms = medians(calls, self.choice.rounds, warm_up=0)
+        if self.choice.depths is None:
+            return [Measured(ms[depth], gib[depth]) for depth in calls]
+        return [
+            Measured(ms[depth], gib[depth], self.profile(calls[depth], blocks[depth], ms[depth])) for depth in calls
+        ]
+
+    def cached(self, kind: Kind, some: Blocks, forward: Callable[[], Any]) -> Measured:
+        """Half of a step that computes and one that does not."""
+        with only(self.transformer, some), caching(self.transformer, self.model, kind.compiled, forward) as call:
+            check_output(call(), self.inputs)
+            gib = self.peak(call, some)
+            return Measured(medians({0: call}, self.choice.rounds, warm_up=0)[0] / 2, gib)
+
+    def profile(self, call: Callable[[], Any], some: Blocks, ms: float) -> Breakdown:
+        """Where the time of a call goes."""
+        with only(self.transformer, some):
+            layers = len(planned_layers(self.transformer))
+        return breakdown(profiled(call), layers, ms)
+
+    def peak(self, call: Callable[[], Any], some: Blocks) -> float | None:
+        """Peak memory of a call in GiB, without what blocks take that do not take part; None on a CPU."""
+        if not torch.cuda.is_available():
+            return None
+        taking_part = {id(x) for blocks in some.values() for x in blocks.parameters()}
+        whole = [x for name in self.model.blocks for x in getattr(self.transformer, name).parameters()]
+        beside = sum(_bytes(x) for x in whole if id(x) not in taking_part)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - beside) / GIB
+
+    def plan(self, kind: Kind) -> TransformerPlan:
+        """The plan of a row, the same for rows that differ in other things."""
+        assert kind.block is not None
+        key = kind.density, kind.block
+        if key not in self.plans:
+            self.plans[key] = plan_of(self.transformer, self.model, *key)
+        return self.plans[key]
+
+    def predicted(self, kind: Kind) -> float | None:
+        """Milliseconds that `paro doctor` predicts for the whole model, if it does for such a row."""
+        plain = not (kind.compiled or kind.fp8_linears or kind.step_cache)
+        if not (self.choice.forecast and plain and kind.impl in (OURS, BASELINE)):
+            return None
+        forecast = self.forecast(kind.density if kind.impl == OURS else min(self.choice.densities))
+        inside = forecast.sparse_ms[kind.precision] if kind.impl == OURS else forecast.dense_ms
+        return _significant(self.model.batch * sum(self.model.depth) * (inside + forecast.around_ms))
+
+    def forecast(self, density: float) -> Forecast:
+        """One layer of the model as `paro doctor` times it."""
+        if density not in self.forecasts:
+            hidden = self.inputs["hidden_states"]
+            self.forecasts[density] = forecast(
+                workload(self.model.workload[0]), self.model.workload[1], density, self.choice.precisions,
+                block=parse_block(self.choice.block or MAIN_BLOCK[self.model.head_dim]), device=hidden.device,
+                dtype=hidden.dtype,
+            )  # fmt: skip
+        return self.forecasts[density]
 
     def executed(self, kind: Kind) -> float:
         """Density over all blocks, text among them."""
-        if kind.impl != OURS or kind.block is None:
+        if kind.impl != OURS:
             return 1.0
-        made, tokens = self.plans[kind.density, kind.block], self.model.grid.tokens
-        first = next(iter(made.layers.values()))
-        return _significant(first.mask[0].with_text(tokens, self.model.text.tokens).density)
-
-    def measured(self, kind: Kind, depth: tuple[int, ...]) -> Measured:
-        """One row at one depth."""
-        transformer, model, choice = self.transformer, self.model, self.choice
-        if kind.impl == OURS and kind.block is not None:
-            self.plan(kind.density, kind.block)  # for all blocks at once
-        whole = shortened(transformer, model, depth)
-        try:
-            kept = {id(x) for x in transformer.parameters()}
-            beside = sum(_bytes(x) for blocks in whole.values() for x in blocks.parameters() if id(x) not in kept)
-            with torch.no_grad(), running(transformer, model, self.inputs, kind, self) as call:
-                _check_finite(call())
-                if kind.impl == OURS and not kind.compiled:
-                    _check_what_ran(transformer, self.inputs["hidden_states"].device)
-                _reset_peak()
-                ms = statistics.median(elapsed(call, choice.rounds)) / (2 if kind.step_cache else 1)
-                gib = _peak(beside)
-                if kind.step_cache or choice.depths is None:
-                    return Measured(ms, gib)
-                found, kernel = split(call, len(planned_layers(transformer)), ms)
-                return Measured(ms, gib, found, kernel)
-        finally:
-            lengthened(transformer, whole)
-
-
-# How it runs
-
-
-@contextmanager
-def running(
-    transformer: Any, model: Architecture, inputs: dict[str, Any], kind: Kind, bench: Bench
-) -> Iterator[Callable[[], Any]]:
-    """What is on in a row, around the call to time."""
-    with ExitStack() as stack:
-        if kind.impl != STOCK:
-            backend, dense = BACKENDS.get(kind.impl, BACKENDS[BASELINE]), kind.impl != OURS
-            stack.enter_context(attending(transformer, backend, dense, MASK in inputs))
-        if kind.impl == OURS:
-            assert kind.block is not None
-            plan = bench.plan(kind.density, kind.block)
-            apply(transformer, plan, precision=kind.precision, impl=bench.choice.impl)
-            stack.callback(remove, transformer)
-
-        def forward() -> Any:
-            return transformer(**inputs, return_dict=False)[0]
-
-        if kind.step_cache:
-            yield stack.enter_context(caching(transformer, model, kind.compiled, forward))
-            return
-        if kind.compiled:
-            stack.enter_context(compiled(transformer, model))
-        yield forward
-
-
-@contextmanager
-def attending(transformer: Any, backend: Backend, everywhere: bool, masked: bool) -> Iterator[None]:
-    """Let a transformer attend through a backend; `everywhere`: in layers that a plan would cover too.
-
-    Processors that call PyTorch's attention themselves are told through PyTorch, or, where it does not have the kernel,
-    changed for ones that use diffusers' dispatcher. Where all text is real, a mask over it is left out: that is the
-    same computation, and a mask takes the fast kernels away.
-    """
-    if backend.module is not None:
-        wanted(backend.module)
-    layers = self_attentions(transformer) if everywhere else {}
-    original = {name: attn.processor for name, attn in layers.items()}
-    for attn in layers.values():
-        direct = not hasattr(attn.processor, "_attention_backend")
-        if direct and backend.sdpa is None:
-            attn.processor = dispatching(attn.processor)
-        if masked and not direct:
-            attn.processor = _unmasked(attn.processor)
-    try:
-        transformer.set_attention_backend(backend.name)
-        with sdpa_kernel(backend.sdpa) if backend.sdpa and _any_direct(layers) else nullcontext():
-            yield
-    finally:
-        transformer.reset_attention_backend()
-        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
-        for name, attn in layers.items():
-            attn.processor = original[name]
-
-
-def _any_direct(layers: dict[str, Any]) -> bool:
-    return any(not hasattr(attn.processor, "_attention_backend") for attn in layers.values())
-
-
-def _unmasked(processor: Any) -> Any:
-    """A processor like this one that attends without a mask."""
-    made = copy.copy(processor)
-    made.__class__ = _unmasked_class(type(processor))
-    return made
-
-
-@functools.cache
-def _unmasked_class(cls: type) -> type:
-    place = list(inspect.signature(cls.__call__).parameters).index("attention_mask") - 1
-
-    @functools.wraps(cls.__call__)
-    def __call__(self, *args, **kwargs):
-        if len(args) > place:
-            args = (*args[:place], None, *args[place + 1 :])
-        else:
-            kwargs["attention_mask"] = None
-        return cls.__call__(self, *args, **kwargs)
-
-    return type(f"Unmasked{cls.__name__}", (cls,), {"__call__": __call__})
-
-
-@contextmanager
-def compiled(transformer: Any, model: Architecture) -> Iterator[None]:
-    """Regional compilation: diffusers' own, or of the repeated blocks where it names none."""
-    try:
-        if getattr(transformer, "_repeated_blocks", None):
-            transformer.compile_repeated_blocks(**COMPILE)
-        else:
-            for block in repeated(transformer, model):
-                block.compile(**COMPILE)
-        yield
-    finally:
-        for module in transformer.modules():
-            if module._compiled_call_impl is not None:
-                module._compiled_call_impl = None
-
-
-@contextmanager
-def caching(
-    transformer: Any, model: Architecture, compile_blocks: bool, forward: Callable[[], Any]
-) -> Iterator[Callable[[], Any]]:
-    """First-block cache; the call is a step that computes and one that does not."""
-    blocks = repeated(transformer, model)
-    if compile_blocks:  # below the cache's hooks, which would be compiled anew for every block
-        for block in blocks:
-            block.forward = torch.compile(block.forward, **COMPILE)
-    transformer.enable_cache(FirstBlockCacheConfig())
-    leader: Any = HookRegistry.check_if_exists_or_initialize(blocks[0]).get_hook(_FBC_LEADER_BLOCK_HOOK)
-
-    def call() -> Any:
-        with transformer.cache_context("cond"):
-            leader.threshold = -1.0  # the change from step to step is above
-            forward()
-            leader.threshold = float("inf")
-            return forward()
-
-    try:
-        yield call
-    finally:
-        transformer.disable_cache()
-        for block in blocks:
-            vars(block).pop("forward", None)
-
-
-def repeated(transformer: Any, model: Architecture) -> list[nn.Module]:
-    """All repeated blocks in the order in which they run."""
-    return [block for name in model.blocks for block in getattr(transformer, name)]
-
-
-def fp8_linears(transformer: Any, model: Architecture) -> None:
-    """Quantise the blocks' linear layers for good: weights and activations to FP8, one scale per row.
-
-    Layers of the modulation, which see one row per batch element, stay as they are.
-
-    Raises:
-        Missing: If torchao is not installed.
-    """
-    quantization = wanted("torchao.quantization")
-    config = quantization.Float8DynamicActivationFloat8WeightConfig(
-        granularity=quantization.PerRow(), set_inductor_config=False
-    )
-
-    def chosen(module: nn.Module, name: str) -> bool:
-        large = isinstance(module, nn.Linear) and min(module.weight.shape) >= LEAST_FEATURES
-        return large and not any("norm" in part for part in name.split("."))
-
-    for block in repeated(transformer, model):
-        quantization.quantize_(block, config, filter_fn=chosen)
-
-
-def plan_of(transformer: Any, model: Architecture, density: float, block: str) -> TransformerPlan:
-    """A synthetic plan for all self-attentions of a transformer."""
-    device = next(transformer.parameters()).device
-    return synthetic_plan(
-        model.transformer, planned_layers(transformer), model.heads, model.head_dim, model.grid, model.text,
-        density=density, block=parse_block(block), device=device,
-    )  # fmt: skip
-
-
-# The gate
-
-
-@torch.no_grad()
-def attention_error(transformer: Any, model: Architecture, inputs: dict[str, Any], impl: str = "auto") -> float:
-    """Largest relative error, over self-attentions of one block of each kind, of a plan that keeps all, to stock.
-
-    Both see the same inputs: those of the stock model. Its norms of q are made sharper meanwhile.
-    """
-    whole = shortened(transformer, model, (1,) * len(model.blocks))
-    layers = self_attentions(transformer)
-    norms = [
-        norm.weight
-        for attn in layers.values()
-        for name in ("norm_q", "norm_added_q")
-        if (norm := getattr(attn, name, None)) is not None
-    ]
-    seen: dict[str, tuple[Any, Any, Any]] = {}
-    errors: list[float] = []
-
-    def see(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            seen[name] = args, kwargs, out
-
-        return hook
-
-    def repeat(name: str) -> Callable[..., Any]:
-        return lambda module, args, kwargs: seen[name][:2]
-
-    def compare(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            errors.extend(relative_error(a, b) for a, b in zip(_tensors(out), _tensors(seen[name][2]), strict=True))
-
-        return hook
-
-    try:
-        for weight in norms:
-            weight.mul_(SHARPER)
-        with ExitStack() as stack:
-            for name, attn in layers.items():
-                stack.callback(attn.register_forward_hook(see(name), with_kwargs=True).remove)
-            transformer(**inputs)
-        apply(
-            transformer, plan_of(transformer, model, 1.0, MAIN_BLOCK[model.head_dim]), impl=impl,
-            precision=OWN_PRECISION[inputs["hidden_states"].dtype],
-        )  # fmt: skip
-        with ExitStack() as stack:
-            stack.callback(remove, transformer)
-            for name, attn in layers.items():
-                stack.callback(attn.register_forward_pre_hook(repeat(name), with_kwargs=True).remove)
-                stack.callback(attn.register_forward_hook(compare(name), with_kwargs=True).remove)
-            transformer(**inputs)
-    finally:
-        for weight in norms:
-            weight.div_(SHARPER)
-        lengthened(transformer, whole)
-    return max(errors, key=lambda error: error if error == error else float("inf"))
-
-
-def relative_error(found: Tensor, right: Tensor) -> float:
-    """Norm of the difference over the norm of what is right."""
-    return ((found.float() - right.float()).norm() / right.float().norm()).item()
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else [each for each in out if each is not None]
-
-
-def _check_finite(out: Tensor) -> None:
-    if not torch.isfinite(out).all():
-        raise Wrong("the output is not finite")
-
-
-def _check_what_ran(transformer: Any, device: torch.device) -> None:
-    """On a GPU, every planned layer must have run on its kernels."""
-    layers = report(transformer).to_dict()["transformer"]["layers"]
-    ran = {phase["impl"] for layer in layers.values() for phase in layer["phases"]}
-    if device.type == "cuda" and ran != {"triton"}:
-        raise Wrong(f"layers must run on kernels; some ran by {', '.join(map(str, ran))}")
-
-
-# Time, memory, and where time goes
-
-
-def elapsed(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Milliseconds of every round, from the first launch to the last kernel."""
-    times = []
-    for _ in range(rounds):
-        if torch.cuda.is_available():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - began) * 1e3)
-    return times
-
-
-NAMES = {
-    "prepare": r"^_(sum|finish|rows|values|gather)_kernel|(?i:quant_?int8|quant_(query|key)|meanscale|transposepad)",
-    "attention": r"_(hopper|sparse|lists)_kernel|(?i:sdpa|fmha|flash|attn|attention)",
-    "linear": r"(?i:gemm|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|aten::(add|b)?mm)",
-}
-"""What kernels are, by name, the first that matches; those that a compiler has written are "other", templates apart."""
-OWN_KERNEL = re.compile(r"_(hopper|sparse|lists)_kernel|paroattn::attention")
-
-
-def part_of(kernel: str) -> str:
-    """Which of `PARTS` a kernel belongs to."""
-    if kernel.startswith("triton_"):
-        return "linear" if kernel.startswith("triton_tem_") else "other"
-    return next((part for part, names in NAMES.items() if re.search(names, kernel)), "other")
-
-
-def shares(kernels: Iterable[tuple[str, float]], layers: int, ms: float) -> tuple[dict[str, float], str | None]:
-    """Milliseconds of each part of a forward that took `ms`, and what attends longest.
-
-    Attention is that of the planned layers. Where it is not ours, they are as many as the layers, and the longest;
-    shorter ones are cross-attentions, "other" as all else is, and as the time is when the GPU waits.
-    """
-    found: dict[str, list[tuple[float, str]]] = {part: [] for part in PARTS}
-    for name, time_ms in kernels:
-        found[part_of(name)].append((time_ms, name))
-    attention = sorted(found["attention"], reverse=True)
-    own = [each for each in attention if OWN_KERNEL.search(each[1])]
-    attention = own or attention[:layers]
-    parts = {part: sum(time_ms for time_ms, _ in found[part]) for part in ("prepare", "linear")}
-    parts["attention"] = sum(time_ms for time_ms, _ in attention)
-    parts["other"] = max(0.0, ms - sum(parts.values()))
-    return {part: parts[part] for part in PARTS}, attention[0][1] if attention else None
-
-
-def split(call: Callable[[], Any], layers: int, ms: float) -> tuple[dict[str, float], str | None]:
-    """`shares` of a profiled forward."""
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        call()
-        if on_gpu:
-            torch.cuda.synchronize()
-    kernels = []
-    for event in profiler.events() or ():
-        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kernels.append((event.name, event.time_range.elapsed_us() / 1e3))
-        elif not on_gpu:
-            kernels.append((event.name, event.self_cpu_time_total / 1e3))
-    parts, kernel = shares(kernels, layers, ms)
-    return parts, kernel and re.split(r"[<(]", kernel.removeprefix("void "))[0][:80]
+        first = next(iter(self.plan(kind).layers.values()))
+        return _significant(first.mask[0].with_text(self.model.grid.tokens, self.model.text.tokens).density)
+
+    def _numbers(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, float | None]:
+        """Time, memory and what takes the time, of the whole model."""
+
+        def whole(values: Iterable[float | None]) -> float | None:
+            known = [value for value in values if value is not None]
+            return _significant(whole_model(known, at, self.model.depth)) if len(known) == len(at) else None
+
+        parts = {
+            f"{part}_ms": whole(each.profile.parts[part] if each.profile else None for each in found) for part in PARTS
+        }
+        return {"ms": whole(each.ms for each in found), **parts, "peak_gib": whole(each.gib for each in found)}
+
+    def _about(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        profile = found[-1].profile
+        listed = self.choice.profile and profile is not None
+        return {
+            "depth": sum(self.model.depth),
+            "extrapolated": self.choice.depths is not None,
+            "predicted_ms": self.predicted(kind),
+            "density_executed": self.executed(kind),
+            "kernel": profile and profile.attention,
+            "measured": [
+                {"depth": list(depth), "ms": _significant(each.ms)} for depth, each in zip(at, found, strict=True)
+            ],
+        } | ({"kernels": _rounded(profile.longest[:KERNELS_KEPT])} if listed else {})
+
+
+# Memory
 
 
 def _bytes(x: Tensor) -> int:
     if is_traceable_wrapper_subclass(x):
         return sum(_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     return x.numel() * x.element_size()
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(beside: int) -> float | None:
-    """Peak memory in GiB without what blocks take that do not take part."""
-    return (torch.cuda.max_memory_allocated() - beside) / GIB if torch.cuda.is_available() else None
 
 
 def _graphs() -> int:
@@ -658,38 +398,44 @@ def _free() -> None:
 # Rows
 
 
-def with_speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what they are faster than: baselines of the same device and model, of the same depth if there."""
+def with_comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with how they compare with those of the same device and model, of the same depth where there are any.
 
-    def baseline(row: dict[str, Any], **wanted: Any) -> float | None:
-        wanted |= {"device": row["device"], "model": row["model"], "step_cache": None}
-        found = [each for each in rows if each["ms"] and all(each[name] == value for name, value in wanted.items())]
-        same = [each for each in found if each["extrapolated"] == row["extrapolated"]]
-        return (same or found)[0]["ms"] if found else None
+    `overhead` is the share of a row's time that is other or idle beyond that in the dense row with the same linears.
+    """
+    return [row | _compared(row, functools.partial(_baseline, rows, row)) for row in rows]
 
-    def speedup(row: dict[str, Any], **wanted: Any) -> float | None:
-        ms = baseline(row, **wanted)
-        return _significant(ms / row["ms"]) if ms and row["ms"] else None
 
-    return [
-        row
-        | {
-            "speedup_vs_dense": speedup(row, impl=BASELINE, compiled=row["compiled"], fp8_linears=False),
-            "speedup_vs_same_linears": speedup(
-                row, impl=BASELINE, compiled=row["compiled"], fp8_linears=row["fp8_linears"]
-            ),
-            "speedup_vs_stock": speedup(row, impl=STOCK),
-        }
-        for row in rows
-    ]
+def _baseline(rows: Sequence[dict[str, Any]], row: dict[str, Any], **wanted: Any) -> dict[str, Any] | None:
+    wanted |= {"device": row["device"], "model": row["model"], "step_cache": None}
+    found = [each for each in rows if each["ms"] and all(each[name] == value for name, value in wanted.items())]
+    return next((each for each in found if each["extrapolated"] == row["extrapolated"]), found[0] if found else None)
+
+
+def _compared(row: dict[str, Any], baseline: Callable[..., dict[str, Any] | None]) -> dict[str, float | None]:
+    dense = functools.partial(baseline, impl=BASELINE, compiled=row["compiled"])
+    same = dense(fp8_linears=row["fp8_linears"])
+
+    def speedup(over: dict[str, Any] | None) -> float | None:
+        return _significant(over["ms"] / row["ms"]) if over and row["ms"] else None
+
+    speedups = speedup(dense(fp8_linears=False)), speedup(same), speedup(baseline(impl=STOCK))
+    return dict(zip(COMPARED, (*speedups, _overhead(row, same)), strict=True))
+
+
+def _overhead(row: dict[str, Any], dense: dict[str, Any] | None) -> float | None:
+    if row["impl"] != OURS or dense is None or row["other_ms"] is None or dense["other_ms"] is None:
+        return None
+    around = [each["other_ms"] + each["idle_ms"] for each in (row, dense)]
+    return _significant((around[0] - around[1]) / row["ms"])
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Merge rows into a file and work out the speed-ups anew; a row without a time leaves one with a time as it is."""
+    """Merge rows into a file and compare all of them anew; a row without a time leaves one with a time as it is."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     timed = {_key(row) for row in known if row["ms"] is not None}
     merge(path, [row for row in rows if row["ms"] is not None or _key(row) not in timed], KEY)
-    merge(path, with_speedups(json.loads(path.read_text())["rows"]), KEY)
+    merge(path, with_comparisons(json.loads(path.read_text())["rows"]), KEY)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -711,6 +457,10 @@ def _about(model: Architecture, device: str) -> dict[str, Any]:
 def _reason(failure: Exception) -> str:
     text = str(failure).strip().partition("\n")[0]
     return text if isinstance(failure, (Missing, Wrong)) else f"{type(failure).__name__}: {text}"
+
+
+def _rounded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"ms": _significant(row["ms"])} for row in rows]
 
 
 def _significant(value: float) -> float:
@@ -737,25 +487,46 @@ def depths_of(text: Sequence[str]) -> tuple[int, int] | None:
     return int(text[0]), int(text[1])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Choice()
-    parser.add_argument("--model", nargs="+", choices=ARCHITECTURES, required=True)
-    parser.add_argument("--rows", nargs="+", choices=default.groups, default=default.groups)
-    parser.add_argument("--densities", nargs="+", type=float, default=default.densities, help="ours")
-    parser.add_argument("--precisions", nargs="+", default=default.precisions, help="ours, QK/PV")
-    parser.add_argument("--block", help="ours, QUERYxKEY")
-    parser.add_argument("--depths", nargs="+", default=list(map(str, DEPTHS)), help="two depths, or full")
-    parser.add_argument("--rounds", type=int, help="5, and 3 of the whole model")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="result file to merge the rows into; without it they are only printed")
-    options = parser.parse_args(arguments)
+    add = made.add_argument
+    add("--model", nargs="+", choices=ARCHITECTURES, required=True)
+    add("--rows", nargs="+", choices=(*GROUPS, HEADLINE), default=GROUPS)
+    add("--densities", nargs="+", type=float, default=default.densities, help="ours")
+    add("--precisions", nargs="+", default=default.precisions, help="ours, QK/PV")
+    add("--block", help="ours, QUERYxKEY")
+    add("--modes", nargs="+", choices=MODES, default=default.modes)
+    add("--depths", nargs="+", default=[*map(str, DEPTHS)], help="two depths, or full")
+    add("--rounds", type=int, help="5, and 3 of the whole model")
+    add("--profile", action="store_true", help="list the kernels that take longest in every row")
+    add("--forecast", action="store_true", help="let paro doctor predict the eager rows, cudnn's and ours")
+    add("--smoke", action="store_true", help="does everything run: least density, eager, one round of few blocks")
+    add("--device", default="cuda")
+    add("--out", type=Path, help="result file to merge the rows into; without it they are only printed")
+    return made
+
+
+def chosen(options: argparse.Namespace) -> Choice:
+    """What the command line asks for."""
     depths = depths_of(options.depths)
-    diffusers.utils.logging.set_verbosity_error()
     choice = Choice(
-        tuple(options.rows), tuple(options.densities), tuple(options.precisions), options.block, depths,
-        options.rounds or (3 if depths is None else 5),
+        tuple(options.rows), tuple(options.densities), tuple(options.precisions), options.block, tuple(options.modes),
+        depths, options.rounds or (3 if depths is None else 5), options.profile, options.forecast,
     )  # fmt: skip
+    if not options.smoke:
+        return choice
+    least, first = (min(choice.densities),), choice.precisions[:1]
+    return replace(
+        choice, groups=("cudnn", "paroattn"), densities=least, precisions=first, modes=("eager",), depths=SMOKE_DEPTHS,
+        rounds=1,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    choice = chosen(options)
+    diffusers.utils.logging.set_verbosity_error()
     dtype, wrong = torch.bfloat16 if options.device.startswith("cuda") else torch.float32, False
     for name in options.model:
         start = time.perf_counter()
@@ -766,6 +537,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     save(options.out, [row])
         except Wrong as reason:
             print(reason, flush=True)
+            wrong = True
+        except Exception:  # the other models are still to come
+            traceback.print_exc()
             wrong = True
         torch._dynamo.reset()
         _free()

@@ -204,17 +204,41 @@ def prepare_gpu() -> str:
     return table(head, lines) + f"\n{where(rows)}.\n" if rows else NOTHING
 
 
+def forward_name(row: dict) -> str:
+    """Model, implementation and, of ours, what it ran with."""
+    ours = f" {row['density']:g} {row['precision']} {row['block']}" if row["block"] else ""
+    return f"{row['model']}, {row['impl']}{ours}"
+
+
+def forward_settings(row: dict) -> str:
+    """What else is on in a row."""
+    on = ["compiled" if row["compiled"] else "eager"]
+    on += ["FP8 linears"] * row["fp8_linears"] + [row["step_cache"]] * bool(row["step_cache"])
+    on += [row["kernel"]] * (row["impl"] == "stock") + ["whole model"] * (not row["extrapolated"])
+    return ", ".join(on)
+
+
+def dense_row(rows: list[dict], row: dict) -> dict | None:
+    """The row of cuDNN's attention that has everything else on that `row` has."""
+    same = ("device", "model", "compiled", "fp8_linears", "step_cache", "extrapolated")
+    found = (each for each in rows if each["impl"] == "cudnn" and all(each[name] == row[name] for name in same))
+    return next(found, None)
+
+
+def signed(value: float) -> str:
+    """A difference in percent."""
+    return f"{value:+.1%}"
+
+
 def end_to_end() -> str:
     """One forward of every model: one line per row, the slowest kind first as it was measured."""
 
-    def label(row: dict) -> str:
-        what = [row["impl"]]
-        if row["block"]:
-            what.append(f"{row['density']:g} {row['precision']} {row['block']}")
-        on = ["compiled" if row["compiled"] else "eager"]
-        on += ["FP8 linears"] * row["fp8_linears"] + [row["step_cache"]] * bool(row["step_cache"])
-        on += [row["kernel"]] * (row["impl"] == "stock") + ["whole model"] * (not row["extrapolated"])
-        return f"{row['model']}, {' '.join(what)}, {', '.join(on)}"
+    def memory(row: dict) -> list[str]:
+        dense = dense_row(timed, row)
+        if not row["peak_gib"]:
+            return ["–", "–"]
+        more = row["impl"] == "paroattn" and dense is not None and dense["peak_gib"]
+        return [f"{row['peak_gib']:.1f}", signed(row["peak_gib"] / dense["peak_gib"] - 1) if more and dense else "–"]
 
     text = ""
     for gpu in GPUS:
@@ -222,12 +246,14 @@ def end_to_end() -> str:
         timed = [row for row in rows if row["ms"]]
         names = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock")
         lines = [
-            [label(row), f"{row['ms']:.4g}" if row["ms"] < 1000 else f"{row['ms']:.0f}"]
+            [f"{forward_name(row)}, {forward_settings(row)}", milliseconds(row["ms"])]
             + [f"{row[name]:.2f}×" if row[name] else "–" for name in names]
-            + [f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"]
+            + memory(row)
             for row in sorted(timed, key=lambda row: row["model"], reverse=True)
         ]
-        head = ["one forward", "ms", "against dense", "dense, same linears", "stock", "peak, GiB"]
+        head = [
+            "one forward", "ms", "against dense", "dense, same linears", "stock", "peak, GiB", "more than dense",
+        ]  # fmt: skip
         text += table(head, lines) + f"\n{where(timed)}, diffusers {timed[0]['diffusers']}.\n" if timed else ""
         reasons = {row["impl"]: row["reason"] for row in rows if row["ms"] is None}
         ran = {row["impl"] for row in timed}
@@ -235,43 +261,75 @@ def end_to_end() -> str:
     return text or NOTHING
 
 
+def milliseconds(ms: float) -> str:
+    """Four digits."""
+    return f"{ms:.4g}" if ms < 1000 else f"{ms:.0f}"
+
+
 def roofline() -> str:
     """Where the time of compiled forwards goes: what attention alone can bring, what it has brought, what remains."""
     text = ""
     for gpu in GPUS:
-        rows = [
-            row
-            for row in rows_of(f"end_to_end_{gpu}")
-            if row["ms"] and row["compiled"] and not row["fp8_linears"] and not row["step_cache"]
-        ]
-        names = ("model", "impl", "density", "precision")
-        whole = {tuple(row[name] for name in names): row["ms"] for row in rows if not row["extrapolated"]}
-        split = [row for row in rows if row["extrapolated"] and row["attention_ms"]]
-        dense = {row["model"]: row for row in split if row["impl"] == "cudnn"}
+        rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"]]
+        plain = [row for row in rows if row["compiled"] and not row["fp8_linears"] and not row["step_cache"]]
+        ours = [row for row in plain if row["extrapolated"] and row["impl"] == "paroattn" and row["attention_ms"]]
         lines = []
-        for row in split:
-            if row["impl"] != "paroattn" or row["precision"] != "int8/fp8" or row["model"] not in dense:
-                continue
-            before = dense[row["model"]]
-            share = before["attention_ms"] / before["ms"]
-            free, reached = 1 / (1 - share), before["ms"] / row["ms"]
-            sparse = 1 / (1 - share * (1 - row["density_executed"]))
-            parts = [row[f"{part}_ms"] / row["ms"] for part in ("attention", "prepare", "linear", "other")]
-            around = (row["other_ms"] - before["other_ms"]) / row["ms"]
-            measured = whole.get(tuple(row[name] for name in names))
-            lines.append(
-                [f"{row['model']}, {row['density']:g}", f"{share:.0%}", f"{sparse:.2f}×", f"{free:.2f}×"]
-                + [f"{reached:.2f}×", f"{reached / free:.0%}"]
-                + [f"{part:.1%}" if part < 0.1 else f"{part:.0%}" for part in parts]
-                + [f"{around:.1%}", f"{abs(row['ms'] / measured - 1):.1%}" if measured else "–"]
-            )
+        for row in (row for row in ours if row["precision"] == "int8/fp8"):
+            dense = dense_row(plain, row)
+            if dense and dense["attention_ms"]:
+                lines.append(
+                    [f"{row['model']}, {row['density']:g}", *roofline_cells(row, dense, whole_row(plain, row))]
+                )
         head = [
-            "model, density", "attention's share, dense", "bound, kept blocks alone",
-            "bound, attention free",
+            "model, density", "attention's share, dense", "bound, kept blocks alone", "bound, attention free",
             "reached", "of that bound", "then attention", "preparing", "linear", "other", "other, added by ours",
             "line off the whole model",
         ]  # fmt: skip
-        text += table(head, lines) + f"\n{where(split)}.\n" if lines else ""
+        text += table(head, lines) + f"\n{where(ours)}.\n" if lines else ""
+    return text or NOTHING
+
+
+def whole_row(rows: list[dict], row: dict) -> dict | None:
+    """The row that was measured on the whole model where `row` is a line through two depths."""
+    names = ("device", "model", "impl", "density", "precision", "compiled", "fp8_linears", "step_cache")
+    found = (each for each in rows if not each["extrapolated"] and all(each[name] == row[name] for name in names))
+    return next(found, None)
+
+
+def roofline_cells(row: dict, dense: dict, whole: dict | None) -> list[str]:
+    """Amdahl's bounds from the dense row, what our row reached of them, and what takes its time."""
+    share = dense["attention_ms"] / dense["ms"]
+    free, reached = 1 / (1 - share), dense["ms"] / row["ms"]
+    kept = 1 / (1 - share * (1 - row["density_executed"]))
+    rest = row["other_ms"] + row["idle_ms"]
+    parts = [each / row["ms"] for each in (row["attention_ms"], row["prepare_ms"], row["linear_ms"], rest)]
+    added = (rest - dense["other_ms"] - dense["idle_ms"]) / row["ms"]
+    return [
+        f"{share:.0%}", f"{kept:.2f}×", f"{free:.2f}×", f"{reached:.2f}×", f"{reached / free:.0%}",
+        *(f"{part:.1%}" if part < 0.1 else f"{part:.0%}" for part in parts),
+        f"{added:.1%}", f"{abs(row['ms'] / whole['ms'] - 1):.1%}" if whole else "–",
+    ]  # fmt: skip
+
+
+def forecasts() -> str:
+    """What `paro doctor` predicts of eager forwards, beside what was measured."""
+    text = ""
+    for gpu in GPUS:
+        rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"] and row.get("predicted_ms")]
+        lines = []
+        for row in sorted(rows, key=lambda row: row["model"], reverse=True):
+            dense = dense_row(rows, row)
+            cells = [
+                milliseconds(row["ms"]),
+                milliseconds(row["predicted_ms"]),
+                signed(row["predicted_ms"] / row["ms"] - 1),
+            ]
+            if dense is not None:
+                measured, predicted = dense["ms"] / row["ms"], dense["predicted_ms"] / row["predicted_ms"]
+                cells += [f"{measured:.2f}×", f"{predicted:.2f}×", signed(predicted / measured - 1)]
+            lines.append([forward_name(row), *cells, *["–"] * (6 - len(cells))])
+        head = ["one forward, eager", "ms", "predicted", "off", "against dense", "predicted", "off"]
+        text += table(head, lines) + f"\n{where(rows)}.\n" if lines else ""
     return text or NOTHING
 
 
@@ -301,6 +359,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prepare-gpu": prepare_gpu,
     "end-to-end": end_to_end,
     "roofline": roofline,
+    "forecasts": forecasts,
 }
 
 

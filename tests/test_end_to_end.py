@@ -12,12 +12,16 @@ from torch.nn.attention import SDPBackend
 
 import architectures
 import end_to_end as benchmark
+import forwards
+import gate
+import kernel_times
 import records
 import synthetic_plan
 import tables
-from architectures import ARCHITECTURES, built, shortened
+from architectures import ARCHITECTURES, built, first_blocks, only
 from end_to_end import Choice, Kind
 from paroattn.grid import ORDERS, Grid
+from paroattn.integration.models import self_attentions
 from paroattn.kernels.attention import attention
 from paroattn.plan.plan import Plan
 
@@ -27,7 +31,8 @@ QUANTILES = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
 FIELDS = {
     "date", "device", "torch", "triton", "diffusers", "model", "batch", "tokens", "heads", "head_dim", "impl",
     "density", "density_executed", "precision", "block", "compiled", "fp8_linears", "step_cache", "depth",
-    "extrapolated", "ms", "attention_ms", "prepare_ms", "linear_ms", "other_ms", "peak_gib", "kernel", "measured",
+    "extrapolated", "ms", "attention_ms", "prepare_ms", "linear_ms", "other_ms", "idle_ms", "peak_gib",
+    "kernel", "measured", "predicted_ms",
 }  # fmt: skip
 SMALL = {
     "num_attention_heads": 2, "ffn_dim": 32, "text_dim": 16, "freq_dim": 32, "text_embed_dim": 16, "time_embed_dim": 8,
@@ -57,10 +62,10 @@ def one_thread():
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Stand-ins for what needs a GPU: dense kernels, FP8 linears and compiled code."""
-    native = benchmark.Backend("native", SDPBackend.MATH, "bf16/bf16")
+    native = forwards.Backend("native", SDPBackend.MATH, "bf16/bf16")
     monkeypatch.setitem(benchmark.BACKENDS, "cudnn", native)
     monkeypatch.setitem(benchmark.BACKENDS, "sage2", replace(native, sdpa=None, precision="int8/fp8"))
-    monkeypatch.setattr(benchmark, "COMPILE", {"backend": "eager"})
+    monkeypatch.setattr(forwards, "COMPILE", {"backend": "eager"})
     monkeypatch.setattr(benchmark, "fp8_linears", lambda transformer, model: None)
 
 
@@ -73,21 +78,27 @@ def not_compiled(monkeypatch):
 @pytest.fixture
 def unprofiled(monkeypatch):
     """PyTorch's profiler takes seconds to start on a busy CPU."""
-    parts = dict.fromkeys(benchmark.PARTS, 1.0)
-    monkeypatch.setattr(benchmark, "split", lambda call, layers, ms: (parts, "_hopper_kernel"))
+    monkeypatch.setattr(benchmark, "profiled", lambda call: [("_hopper_kernel", 2.0), ("nvjet", 1.0)])
 
 
 def measured(model, choice, monkeypatch):
     """Rows by a clock that counts blocks: 10 ms, 2 ms for each of the first kind and 3 ms for each of the second."""
     make, made = built, []
 
-    def clock(call, rounds):
+    def clock(calls, rounds, warm_up):
+        return {depth: timed(call) for depth, call in calls.items()}
+
+    def timed(call):
+        counts = []
+        handle = made[0].register_forward_pre_hook(
+            lambda *_: counts.append([len(getattr(made[0], name)) for name in model.blocks])
+        )
         call()
-        counts = [len(getattr(made[0], name)) for name in model.blocks]
-        return [10.0 + sum(count * ms for count, ms in zip(counts, (2, 3), strict=False))] * rounds
+        handle.remove()
+        return 10.0 + sum(count * ms for count, ms in zip(counts[-1], (2, 3), strict=False))
 
     monkeypatch.setattr(benchmark, "built", lambda *args: made.append(make(*args)) or made[0])
-    monkeypatch.setattr(benchmark, "elapsed", clock)
+    monkeypatch.setattr(benchmark, "medians", clock)
     return list(benchmark.measure(model, choice, "cpu", torch.float32))
 
 
@@ -144,12 +155,12 @@ def test_blocks_are_taken_and_put_back():
     model = toy("hunyuanvideo-720p")
     transformer = built(model, (3, 4), CPU, torch.float32)
     before = dict(transformer.named_parameters())
-    whole = shortened(transformer, model, (1, 2))
-    assert [len(getattr(transformer, name)) for name in model.blocks] == [1, 2]
-    assert transformer.single_transformer_blocks[1] is whole["single_transformer_blocks"][1]
-    with pytest.raises(ValueError, match=r"must keep 1…1 blocks; got 2"):
-        shortened(transformer, model, (2, 1))
-    architectures.lengthened(transformer, whole)
+    second = transformer.single_transformer_blocks[1]
+    with only(transformer, first_blocks(transformer, model, (1, 2))):
+        assert [len(getattr(transformer, name)) for name in model.blocks] == [1, 2]
+        assert transformer.single_transformer_blocks[1] is second
+        with pytest.raises(ValueError, match=r"must keep 1…1 blocks; got 2"):
+            first_blocks(transformer, model, (2, 1))
     assert list(dict(transformer.named_parameters())) == list(before)
 
 
@@ -263,7 +274,7 @@ def test_compiled_blocks_run_alone_by_plan_and_under_a_step_cache(on_a_cpu, unpr
     kept = [Kind("cudnn", compiled=True), *(kind for kind in kept if not kind.fp8_linears)]
     monkeypatch.setattr(benchmark, "kinds", lambda model, choice: kept)
     graphs = []
-    monkeypatch.setattr(benchmark, "COMPILE", {"backend": lambda module, inputs: graphs.append(1) or module.forward})
+    monkeypatch.setattr(forwards, "COMPILE", {"backend": lambda module, inputs: graphs.append(1) or module.forward})
     rows = measured(toy("wan-14b-480p"), SHORT, monkeypatch)
     assert [row["ms"] for row in rows] == [16, 16, 8]
     assert len(graphs) <= 2 * len(rows)  # not one for each block
@@ -274,9 +285,9 @@ def test_a_step_cache_runs_all_blocks_and_then_the_first(name):
     model = toy(name)
     transformer = built(model, model.depth, CPU, torch.float32)
     inputs, ran = model.inputs(model, CPU, torch.float32), []
-    for layer in benchmark.self_attentions(transformer).values():
+    for layer in self_attentions(transformer).values():
         layer.register_forward_hook(lambda *_: ran.append(1))
-    with torch.no_grad(), benchmark.caching(transformer, model, False, lambda: transformer(**inputs)) as call:
+    with torch.no_grad(), forwards.caching(transformer, model, False, lambda: transformer(**inputs)) as call:
         for step in (1, 2):
             call()
             assert len(ran) == step * (sum(model.depth) + 1)
@@ -318,7 +329,7 @@ def test_what_fails_says_why_and_the_others_go_on(on_a_cpu, not_compiled, unprof
     rows = measured(toy("wan-14b-480p"), replace(SHORT, groups=("sage2", "stock")), monkeypatch)
     assert [row["ms"] for row in rows] == [None, None, 16]
     assert rows[0]["reason"].startswith("a_package_that_is_not_there cannot be imported")
-    assert set(rows[0]) == FIELDS - {"measured", "density_executed"} | {"reason"}
+    assert set(rows[0]) == FIELDS - {"measured"} | {"reason"}
 
 
 def test_the_model_is_as_it_was_after_every_row(on_a_cpu, monkeypatch):
@@ -327,12 +338,12 @@ def test_the_model_is_as_it_was_after_every_row(on_a_cpu, monkeypatch):
     inputs = model.inputs(model, CPU, torch.float32)
     bench = benchmark.Bench(transformer, model, inputs, replace(SHORT, depths=None))
     before = transformer(**inputs, return_dict=False)[0]
-    processors = [attn.processor for attn in benchmark.self_attentions(transformer).values()]
+    processors = [attn.processor for attn in self_attentions(transformer).values()]
     for kind in (Kind("cudnn", compiled=True), Kind("paroattn", 0.2, "fp32", "32x64"), Kind("cudnn", step_cache="x")):
-        with benchmark.running(transformer, model, inputs, kind, bench) as call, torch.no_grad():
+        with torch.no_grad(), bench.running(kind) as call:
             out = call()
         assert torch.allclose(out, before, atol=1e-5) == (kind.impl != "paroattn")
-        assert [attn.processor for attn in benchmark.self_attentions(transformer).values()] == processors
+        assert [attn.processor for attn in self_attentions(transformer).values()] == processors
         assert torch.equal(transformer(**inputs, return_dict=False)[0], before)
         assert all(module._compiled_call_impl is None for module in transformer.modules())
 
@@ -351,7 +362,7 @@ def test_dense_rows_but_stock_leave_out_a_mask_that_is_all_true(impl, on_a_cpu, 
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
     bench = benchmark.Bench(transformer, model, inputs, SHORT)
-    with benchmark.running(transformer, model, inputs, Kind(impl), bench) as call, torch.no_grad():
+    with torch.no_grad(), bench.running(Kind(impl)) as call:
         call()
     assert masked == [impl == "stock"] * sum(model.depth)
 
@@ -387,9 +398,9 @@ def test_large_linears_of_the_blocks_are_quantised_and_the_modulation_is_not(mon
             assert config["set_inductor_config"] is False
             quantised.extend(name for name, module in block.named_modules() if filter_fn(module, name))
 
-    monkeypatch.setattr(benchmark, "wanted", lambda name: Quantization)
+    monkeypatch.setattr(forwards, "wanted", lambda name: Quantization)
     model = toy("hunyuanvideo-720p")
-    benchmark.fp8_linears(built(model, (1, 1), CPU, torch.float32), model)
+    forwards.fp8_linears(built(model, (1, 1), CPU, torch.float32), model)
     assert {"attn.to_q", "attn.add_k_proj", "ff.net.0.proj", "proj_mlp", "proj_out"} <= set(quantised)
     assert not any("norm" in name for name in quantised)
 
@@ -402,7 +413,7 @@ def test_attention_that_keeps_all_agrees_with_stock():
         model = toy(name)
         transformer = built(model, model.depth, CPU, torch.float32)
         before = {path: x.clone() for path, x in transformer.named_parameters()}
-        error = benchmark.attention_error(transformer, model, model.inputs(model, CPU, torch.float32))
+        error = gate.attention_error(transformer, model, model.inputs(model, CPU, torch.float32))
         assert error < 1e-5, name
         assert all(torch.equal(x, before[path]) for path, x in transformer.named_parameters())
 
@@ -432,7 +443,7 @@ def not_a_number(q, k, v, mask, **settings):
 @pytest.mark.parametrize("name", ["wan-14b-480p", "hunyuanvideo-720p"])
 def test_wrong_attention_is_not_timed(name, wrong, on_a_cpu, monkeypatch):
     monkeypatch.setattr("paroattn.integration.backend.attention", wrong)
-    monkeypatch.setattr(benchmark, "MAIN_BLOCK", {128: "32x32"})
+    monkeypatch.setattr(gate, "MAIN_BLOCK", {128: "32x32"})
     with pytest.raises(benchmark.Wrong, match="off from stock by"):
         measured(toy(name), SHORT, monkeypatch)
 
@@ -471,7 +482,7 @@ def test_the_command_writes_rows_and_fails_where_ours_does(on_a_cpu, not_compile
     assert [(row["impl"], row["compiled"], row["density"]) for row in rows] == [
         ("cudnn", False, 1.0), ("cudnn", True, 1.0), ("paroattn", False, 0.3), ("paroattn", True, 0.3),
     ]  # fmt: skip
-    assert all(set(row) == FIELDS | set(benchmark.SPEEDUPS) for row in rows)
+    assert all(set(row) == FIELDS | set(benchmark.COMPARED) for row in rows)
     monkeypatch.setattr("paroattn.integration.backend.attention", not_a_number)
     monkeypatch.setattr(benchmark, "LARGEST_ERROR", float("inf"))
     assert benchmark.main([*arguments, *ours]) == 1
@@ -503,20 +514,26 @@ def test_kernels_are_told_apart_by_name():
         "triton_tem_fused_addmm_4": "linear",
         "void at::native::vectorized_elementwise_kernel<4>": "other",
     }
-    assert {name: benchmark.part_of(name) for name in names} == names
+    assert {name: kernel_times.part_of(name) for name in names} == names
 
 
 def test_attention_of_dense_rows_is_that_of_the_planned_layers():
     cross, own = ("cudnn_sdpa_cross", 0.5), ("cudnn_sdpa", 8.0)
     kernels = [own, cross, own, cross, ("nvjet_1", 3.0), ("triton_poi_x", 1.0)]
-    parts, kernel = benchmark.shares(kernels, 2, 22.0)
-    assert parts == {"attention": 16.0, "prepare": 0.0, "linear": 3.0, "other": 3.0}
-    assert kernel == "cudnn_sdpa"
+    found = kernel_times.breakdown(kernels, 2, 22.0)
+    assert found.parts == {"attention": 16.0, "prepare": 0.0, "linear": 3.0, "other": 2.0, "idle": 1.0}
+    assert found.attention == "cudnn_sdpa"
+    assert found.longest[:2] == [
+        {"name": "cudnn_sdpa", "part": "attention", "calls": 2, "ms": 16.0},
+        {"name": "nvjet_1", "part": "linear", "calls": 1, "ms": 3.0},
+    ]
     ours = [("_hopper_kernel", 2.0), ("_rows_kernel", 0.25), ("_lists_kernel", 0.125), *kernels[1::2], ("nvjet_1", 3.0)]
-    parts, kernel = benchmark.shares(ours, 1, 9.0)
-    assert parts == {"attention": 2.125, "prepare": 0.25, "linear": 3.0, "other": 3.625}
-    assert kernel == "_hopper_kernel"
-    assert benchmark.shares([], 2, 5.0) == ({"attention": 0, "prepare": 0, "linear": 0, "other": 5.0}, None)
+    found = kernel_times.breakdown(ours, 1, 9.0)
+    assert found.parts == {"attention": 2.125, "prepare": 0.25, "linear": 3.0, "other": 2.0, "idle": 1.625}
+    assert found.attention == "_hopper_kernel"
+    none = kernel_times.breakdown([], 2, 5.0)
+    assert (none.parts, none.attention) == (dict.fromkeys(kernel_times.PARTS, 0.0) | {"idle": 5.0}, None)
+    assert kernel_times.breakdown([("nvjet_1", 6.0)], 1, 5.0).parts["idle"] == 0  # profiled, kernels take longer
 
 
 def test_memory_of_blocks_that_do_not_take_part_is_counted_in_bytes():
@@ -528,8 +545,8 @@ def row(ms, impl="cudnn", **about):
         "date": "2026-01-01", "device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "diffusers": "0.42.1",
         "model": "wan-14b-720p", "impl": impl, "density": 1.0, "precision": "bf16/bf16", "block": None,
         "compiled": True, "fp8_linears": False, "step_cache": None, "depth": 40, "extrapolated": True, "ms": ms,
-        "attention_ms": None, "prepare_ms": None, "linear_ms": None, "other_ms": None, "peak_gib": 40.0,
-        "kernel": "cudnn_sdpa", "density_executed": 1.0,
+        "attention_ms": None, "prepare_ms": None, "linear_ms": None, "other_ms": None, "idle_ms": None,
+        "peak_gib": 40.0, "kernel": "cudnn_sdpa", "density_executed": 1.0, "predicted_ms": None,
     }  # fmt: skip
     return base | about
 
@@ -543,26 +560,30 @@ OURS = {
 }
 
 
+def parts(*ms):
+    return {f"{part}_ms": each for part, each in zip(kernel_times.PARTS, ms, strict=True)}
+
+
 def table_rows():
     return [
         row(18000.0, "stock", compiled=False, kernel="flash_fwd_kernel"),
-        row(12000.0, compiled=False, attention_ms=8000.0, prepare_ms=0.0, linear_ms=3000.0, other_ms=1000.0),
-        row(11000.0, attention_ms=8000.0, prepare_ms=0.0, linear_ms=2500.0, other_ms=500.0),
+        row(12000.0, compiled=False, **parts(8000.0, 0.0, 3000.0, 900.0, 100.0), predicted_ms=11400.0),
+        row(11000.0, **parts(8000.0, 0.0, 2500.0, 450.0, 50.0)),
         row(10000.0, extrapolated=False),
         row(9000.0, fp8_linears=True),
-        row(4400.0, "paroattn", **OURS, attention_ms=1100.0, prepare_ms=50.0, linear_ms=2700.0, other_ms=550.0),
-        row(5000.0, "paroattn", **OURS, compiled=False),
+        row(4400.0, "paroattn", **OURS, **parts(1100.0, 50.0, 2700.0, 450.0, 100.0), peak_gib=41.0),
+        row(5000.0, "paroattn", **OURS, compiled=False, predicted_ms=5500.0),
         row(4500.0, "paroattn", **OURS, extrapolated=False),
         row(3000.0, "paroattn", **OURS, fp8_linears=True),
         row(2500.0, "paroattn", **OURS, step_cache="first-block"),
         row(999.0, "cudnn", model="flux-1024"),
-        row(None, "sage2", reason="not installed"),
+        row(None, "sage2", reason="not installed", peak_gib=None),
     ]
 
 
 def test_speedups_are_over_the_baselines_that_they_name():
-    found = benchmark.with_speedups(table_rows())
-    speedups = [[each[name] for name in benchmark.SPEEDUPS] for each in found]
+    found = benchmark.with_comparisons(table_rows())
+    speedups = [[each[name] for name in benchmark.COMPARED[:3]] for each in found]
     assert speedups == [
         [pytest.approx(12 / 18, rel=1e-3), pytest.approx(12 / 18, rel=1e-3), 1.0],
         [1.0, 1.0, 1.5],
@@ -577,6 +598,8 @@ def test_speedups_are_over_the_baselines_that_they_name():
         [1.0, 1.0, None],
         [None, None, None],
     ]
+    overheads = [each["overhead"] for each in found]
+    assert overheads == [None] * 5 + [pytest.approx(50 / 4400, rel=1e-3)] + [None] * 6
 
 
 def test_rows_are_merged_and_later_baselines_reach_earlier_rows(tmp_path):
@@ -595,11 +618,14 @@ def test_rows_are_merged_and_later_baselines_reach_earlier_rows(tmp_path):
 def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.end_to_end() == tables.roofline() == tables.NOTHING
-    rows = benchmark.with_speedups(table_rows())
+    rows = benchmark.with_comparisons(table_rows())
     records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)
     text = tables.end_to_end()
-    assert "| wan-14b-720p, stock, eager, flash_fwd_kernel | 18000 | 0.67× | 0.67× | 1.00× | 40.0 |" in text
-    assert "| wan-14b-720p, paroattn 0.2 int8/fp8 128x128, compiled | 4400 | 2.50× | 2.50× | 4.09× | 40.0 |" in text
+    assert "| wan-14b-720p, stock, eager, flash_fwd_kernel | 18000 | 0.67× | 0.67× | 1.00× | 40.0 | – |" in text
+    assert (
+        "| wan-14b-720p, paroattn 0.2 int8/fp8 128x128, compiled | 4400 | 2.50× | 2.50× | 4.09× | 41.0 | +2.5% |"
+        in text
+    )
     assert "whole model | 4500 |" in text
     assert "Not measured: sage2, not installed." in text
     text = tables.roofline()
@@ -608,3 +634,15 @@ def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, m
     # remains: attention 1100, preparing 50, linear 2700, other 550 of 4400; around ours: (550 − 500) / 4400
     assert "| 25% | 1.1% | 61% | 12% | 1.1% | 2.2% |" in text
     assert "NVIDIA H200, PyTorch 2.11.0, 2026-01-01" in text
+
+
+def test_forecasts_are_compared_with_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.forecasts() == tables.NOTHING
+    rows = benchmark.with_comparisons(table_rows())
+    records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)
+    text = tables.forecasts()
+    assert "| wan-14b-720p, cudnn | 12000 | 11400 | -5.0% | 1.00× | 1.00× | +0.0% |" in text
+    # 11400 / 5500 = 2.07 was predicted and 12000 / 5000 = 2.4 measured
+    assert "| wan-14b-720p, paroattn 0.2 int8/fp8 128x128 | 5000 | 5500 | +10.0% | 2.40× | 2.07× | -13.6% |" in text
+    assert text.count("\n|") == 3
