@@ -255,7 +255,7 @@ class Bench:
         with ExitStack() as stack:
             if kind.impl != STOCK:
                 backend = BACKENDS.get(kind.impl, BACKENDS[BASELINE])
-                stack.enter_context(attending(transformer, backend, kind.impl != OURS, self.inputs))
+                stack.enter_context(attending(transformer, backend, self.inputs, everywhere=kind.impl != OURS))
             if kind.impl == OURS:
                 apply(transformer, self.plan(kind), precision=kind.precision, impl=self.choice.impl)
                 stack.callback(remove, transformer)
@@ -279,39 +279,40 @@ class Bench:
             if kind.impl == OURS and not kind.compiled:
                 with only(self.transformer, blocks[depth]):
                     check_what_ran(self.transformer, self.inputs["hidden_states"].device)
-        gib = {depth: self.peak(call, blocks[depth]) for depth, call in calls.items()}
         ms = medians(calls, self.choice.rounds, warm_up=0)
+        return [self.measured(kind, call, blocks[depth], ms[depth]) for depth, call in calls.items()]
+
+    def measured(self, kind: Kind, call: Callable[[], Any], some: Blocks, ms: float) -> Measured:
+        """Peak memory of a call that takes `ms` and, where a line is drawn, its profile, both of one more call."""
         if self.choice.depths is None:
-            return [Measured(ms[depth], gib[depth]) for depth in calls]
-        return [
-            Measured(ms[depth], gib[depth], self.profile(calls[depth], blocks[depth], ms[depth])) for depth in calls
-        ]
+            return Measured(ms, self.peak(call, some)[0])
+        with only(self.transformer, some):
+            layers = len(planned_layers(self.transformer))
+        gib, kernels = self.peak(lambda: profiled(call), some)
+        found = breakdown(kernels, layers, ms)
+        if kind.impl == OURS and torch.cuda.is_available() and found.own_calls < layers:
+            raise Wrong(f"all {layers} layers must run on our kernels; {found.own_calls} did")
+        return Measured(ms, gib, found)
 
     def cached(self, kind: Kind, some: Blocks, forward: Callable[[], Any]) -> Measured:
         """Half of a step that computes and one that does not."""
         with only(self.transformer, some), caching(self.transformer, self.model, kind.compiled, forward) as call:
             check_output(call(), self.inputs)
-            gib = self.peak(call, some)
-            return Measured(medians({0: call}, self.choice.rounds, warm_up=0)[0] / 2, gib)
+            ms = medians({0: call}, self.choice.rounds, warm_up=0)[0]
+            return Measured(ms / 2, self.peak(call, some)[0])
 
-    def profile(self, call: Callable[[], Any], some: Blocks, ms: float) -> Breakdown:
-        """Where the time of a call goes."""
-        with only(self.transformer, some):
-            layers = len(planned_layers(self.transformer))
-        return breakdown(profiled(call), layers, ms)
-
-    def peak(self, call: Callable[[], Any], some: Blocks) -> float | None:
-        """Peak memory of a call in GiB, without what blocks take that do not take part; None on a CPU."""
+    def peak(self, call: Callable[[], Any], some: Blocks) -> tuple[float | None, Any]:
+        """Peak memory of a call in GiB, without what blocks take that do not take part, and what it returns."""
         if not torch.cuda.is_available():
-            return None
+            return None, call()
         taking_part = {id(x) for blocks in some.values() for x in blocks.parameters()}
         whole = [x for name in self.model.blocks for x in getattr(self.transformer, name).parameters()]
         beside = sum(_bytes(x) for x in whole if id(x) not in taking_part)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - beside) / GIB
+        return (torch.cuda.max_memory_allocated() - beside) / GIB, result
 
     def plan(self, kind: Kind) -> TransformerPlan:
         """The plan of a row, the same for rows that differ in other things."""
@@ -355,24 +356,25 @@ class Bench:
             known = [value for value in values if value is not None]
             return _significant(whole_model(known, at, self.model.depth)) if len(known) == len(at) else None
 
+        ms = whole(each.ms for each in found)
+        if ms is None or ms <= 0:
+            raise Wrong(f"more blocks must take longer; the line through {[each.ms for each in found]} ms gives {ms}")
         parts = {
             f"{part}_ms": whole(each.profile.parts[part] if each.profile else None for each in found) for part in PARTS
         }
-        return {"ms": whole(each.ms for each in found), **parts, "peak_gib": whole(each.gib for each in found)}
+        return {"ms": ms, **parts, "peak_gib": whole(each.gib for each in found)}
 
     def _about(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         profile = found[-1].profile
-        listed = self.choice.profile and profile is not None
-        return {
-            "depth": sum(self.model.depth),
-            "extrapolated": self.choice.depths is not None,
-            "predicted_ms": self.predicted(kind),
-            "density_executed": self.executed(kind),
-            "kernel": profile and profile.attention,
-            "measured": [
-                {"depth": list(depth), "ms": _significant(each.ms)} for depth, each in zip(at, found, strict=True)
-            ],
-        } | ({"kernels": _rounded(profile.longest[:KERNELS_KEPT])} if listed else {})
+        measured = [{"depth": list(depth), "ms": _significant(each.ms)} for depth, each in zip(at, found, strict=True)]
+        about = {
+            "depth": sum(self.model.depth), "extrapolated": self.choice.depths is not None,
+            "predicted_ms": self.predicted(kind), "density_executed": self.executed(kind),
+            "kernel": profile and profile.attention, "measured": measured,
+        }  # fmt: skip
+        if profile is None or not self.choice.profile:
+            return about
+        return about | {"kernels": _rounded(profile.longest[:KERNELS_KEPT])}
 
 
 # Memory

@@ -52,7 +52,7 @@ BACKENDS = {
 
 
 @contextmanager
-def attending(transformer: Any, backend: Backend, everywhere: bool, inputs: Inputs) -> Iterator[None]:
+def attending(transformer: Any, backend: Backend, inputs: Inputs, *, everywhere: bool) -> Iterator[None]:
     """Let a transformer attend through a backend; `everywhere`: in layers that a plan would cover too.
 
     Processors that call PyTorch's attention themselves are told through PyTorch, or, where it does not have the kernel,

@@ -16,6 +16,9 @@ NAMES = {
 }
 """What kernels are, by name, the first that matches; those that a compiler has written are "other", templates apart."""
 OWN_KERNEL = re.compile(r"_(hopper|sparse|lists)_kernel|paroattn::attention")
+OWN_ATTENTION = re.compile(r"_(hopper|sparse)_kernel|paroattn::attention")
+REGIONS = ("##", "Torch-Compiled Region")
+"""How names begin that are of ranges, not of kernels."""
 
 
 def part_of(kernel: str) -> str:
@@ -31,13 +34,15 @@ class Breakdown:
 
     Attributes:
         parts: Milliseconds by `PARTS`. Attention is that of the planned layers, prepare what reorders and quantises for
-            them; idle is what no kernel took.
+            them; idle is what no kernel took, below zero where kernels take longer while they are profiled.
         attention: Name of what attends longest.
+        own_calls: Launches of our attention.
         longest: Rows of kernels by name, the longest first: name, part, calls, ms.
     """
 
     parts: dict[str, float]
     attention: str | None
+    own_calls: int
     longest: list[dict[str, Any]]
 
 
@@ -54,9 +59,10 @@ def breakdown(kernels: Sequence[tuple[str, float]], layers: int, ms: float) -> B
     parts["attention"] = sum(each for each, _ in attention)
     busy = sum(each for _, each in kernels)
     parts["other"] = busy - sum(parts.values())
-    parts["idle"] = max(0.0, ms - busy)
+    parts["idle"] = ms - busy
     name = short(attention[0][1]) if attention else None
-    return Breakdown({part: parts[part] for part in PARTS}, name, by_name(kernels))
+    own_calls = sum(OWN_ATTENTION.search(each) is not None for each, _ in kernels)
+    return Breakdown({part: parts[part] for part in PARTS}, name, own_calls, by_name(kernels))
 
 
 def by_name(kernels: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -86,5 +92,6 @@ def profiled(call: Callable[[], Any]) -> list[tuple[str, float]]:
     return [
         (event.name, event.time_range.elapsed_us() / 1e3)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not (event.is_user_annotation or event.name.startswith(REGIONS))
     ]

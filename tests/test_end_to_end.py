@@ -1,6 +1,7 @@
 """Benchmarks of whole forwards: architectures, synthetic plans, rows of every kind, arithmetic and tables, on a CPU."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,28 @@ def test_an_output_that_is_not_finite_is_no_time(on_a_cpu, unprofiled, monkeypat
     assert [row.get("reason") for row in rows[:2]] == [None, "the output is not finite"]
 
 
+def test_a_layer_that_ran_on_something_else_is_no_time(on_a_cpu, not_compiled, unprofiled, monkeypatch):
+    rows = measured(toy("wan-14b-480p"), replace(SHORT, groups=("paroattn",)), monkeypatch)
+    assert [row["ms"] for row in rows] == [16, 16]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmark.Bench, "peak", lambda self, call, some: (None, [("_hopper_kernel", 1.0)] * 2))
+    bench = benchmark.Bench(None, None, {}, SHORT)
+    blocks = {"blocks": nn.ModuleList()}
+    for layers, right in ((("a", "b"), True), (("a", "b", "c"), False)):
+        monkeypatch.setattr(benchmark, "planned_layers", lambda transformer, layers=layers: layers)
+        monkeypatch.setattr(benchmark, "only", lambda transformer, blocks: nullcontext())
+        if right:
+            assert bench.measured(Kind("paroattn"), lambda: None, blocks, 5.0).profile is not None
+        else:
+            with pytest.raises(benchmark.Wrong, match="all 3 layers must run on our kernels; 2 did"):
+                bench.measured(Kind("paroattn"), lambda: None, blocks, 5.0)
+
+
+def test_outputs_have_the_shape_of_inputs():
+    with pytest.raises(gate.Wrong, match=r"must be \(1, 2\); got \(2, 1\)"):
+        gate.check_output(torch.zeros(2, 1), {"hidden_states": torch.zeros(1, 2)})
+
+
 # Arithmetic
 
 
@@ -530,10 +553,10 @@ def test_attention_of_dense_rows_is_that_of_the_planned_layers():
     ours = [("_hopper_kernel", 2.0), ("_rows_kernel", 0.25), ("_lists_kernel", 0.125), *kernels[1::2], ("nvjet_1", 3.0)]
     found = kernel_times.breakdown(ours, 1, 9.0)
     assert found.parts == {"attention": 2.125, "prepare": 0.25, "linear": 3.0, "other": 2.0, "idle": 1.625}
-    assert found.attention == "_hopper_kernel"
+    assert (found.attention, found.own_calls) == ("_hopper_kernel", 1)
     none = kernel_times.breakdown([], 2, 5.0)
     assert (none.parts, none.attention) == (dict.fromkeys(kernel_times.PARTS, 0.0) | {"idle": 5.0}, None)
-    assert kernel_times.breakdown([("nvjet_1", 6.0)], 1, 5.0).parts["idle"] == 0  # profiled, kernels take longer
+    assert kernel_times.breakdown([("nvjet_1", 6.0)], 1, 5.0).parts["idle"] == -1.0  # profiled, kernels take longer
 
 
 def test_memory_of_blocks_that_do_not_take_part_is_counted_in_bytes():
