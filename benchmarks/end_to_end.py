@@ -12,12 +12,17 @@ inputs that the stock model gave them; if they differ by more than `LARGEST_ERRO
     sage2      SageAttention 2, through diffusers' backend, where it is installed
     paroattn   a plan on top of cudnn, which still runs the cross-attentions
 
-Times are medians between two events on the GPU around a whole forward, launches of Python included. By default, a few
-blocks of each kind are timed at two depths, and a line through them gives the time of the whole model (`extrapolated`);
-`--depths full` times the whole model. `compiled` is diffusers' regional compilation of the repeated blocks. FP8 linears
-are torchao's, scaled by row, in the blocks. The step cache is diffusers' first-block cache. Which steps it skips would
-depend on weights, so here it skips every second one, and `ms` is the mean of both. `density` is that of the video's
-blocks; `density_executed` counts text, which is always dense.
+Times are medians of a whole forward, from Python's first launch until the GPU is done. By default, a few blocks of each
+kind are timed at two depths, in turns, and a line through them gives time, memory and profile of the whole model
+(`extrapolated`); `--depths full` times the whole model. `compiled` is diffusers' regional compilation of the repeated
+blocks. FP8 linears are torchao's, scaled by row, in the blocks. The step cache is diffusers' first-block cache. Which
+steps it skips would depend on weights, so here it skips every second one, and `ms` is the mean of both. `density` is
+that of the video's blocks; `density_executed` counts text, which is always dense.
+
+`*_ms` split one forward by its kernels (kernel_times.py): attention of the planned layers, preparing q, k and v for it,
+linear layers, other, idle. `overhead` is what is other or idle beyond that of the dense row, as a share of `ms`: what
+ours adds around its kernels. `peak_gib` is the peak of one forward, weights included. `predicted_ms` is what
+`paro doctor` expects.
 """
 
 import argparse
