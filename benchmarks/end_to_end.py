@@ -361,13 +361,13 @@ class Bench:
             known = [value for value in values if value is not None]
             return _significant(whole_model(known, at, self.model.depth)) if len(known) == len(at) else None
 
-        ms = whole(each.ms for each in found)
-        if ms is None or ms <= 0:
-            raise Wrong(f"more blocks must take longer; the line through {[each.ms for each in found]} ms gives {ms}")
+        times = [each.ms for each in found]
+        if min(times[1:], default=float("inf")) <= times[0]:
+            raise Wrong(f"more blocks must take longer; {', '.join(map(str, at))} took {times} ms")
         parts = {
             f"{part}_ms": whole(each.profile.parts[part] if each.profile else None for each in found) for part in PARTS
         }
-        return {"ms": ms, **parts, "peak_gib": whole(each.gib for each in found)}
+        return {"ms": whole(times), **parts, "peak_gib": whole(each.gib for each in found)}
 
     def _about(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         profile = found[-1].profile

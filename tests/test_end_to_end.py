@@ -21,6 +21,7 @@ import synthetic_plan
 import tables
 from architectures import ARCHITECTURES, built, first_blocks, only
 from end_to_end import Choice, Kind
+from paroattn.evaluation.forecast import Forecast, workload
 from paroattn.grid import ORDERS, Grid
 from paroattn.integration.models import self_attentions
 from paroattn.kernels.attention import attention
@@ -379,6 +380,77 @@ def test_kinds_are_those_of_the_full_table():
     assert {kind.block for kind in ours} == {"64x128"}
     assert [kind.fp8_linears for kind in found] == [False] * 19 + [True] * 2
     assert {kind.block for kind in benchmark.kinds(ARCHITECTURES["flux-1024"], Choice()) if kind.block} == {"128x128"}
+
+
+def test_rows_are_chosen_by_group_and_mode_each_once():
+    model = ARCHITECTURES["wan-14b-480p"]
+    found = benchmark.kinds(model, Choice(groups=("headline", "cudnn", "paroattn"), precisions=("int8/fp8",)))
+    assert len(found) == len(set(found)) == 3 + 1 + 5
+    assert [(kind.impl, kind.density, kind.compiled) for kind in found[:3]] == [
+        ("stock", 1.0, False), ("cudnn", 1.0, True), ("paroattn", 0.2, True),
+    ]  # fmt: skip
+    eager = benchmark.kinds(model, Choice(groups=("cudnn", "paroattn"), modes=("eager",)))
+    assert not any(kind.compiled for kind in eager)
+
+
+def test_smoke_asks_little_of_every_model_whatever_else_is_said():
+    asked = benchmark.parser().parse_args(["--model", "wan-14b-480p", "--smoke", "--rows", "fp8", "--rounds", "7"])
+    choice = benchmark.chosen(asked)
+    assert (choice.depths, choice.rounds) == ((1, 2), 1)
+    found = benchmark.kinds(ARCHITECTURES["flux-1024"], choice)
+    assert [(kind.impl, kind.density, kind.compiled) for kind in found] == [
+        ("cudnn", 1.0, False), ("paroattn", 0.2, False),
+    ]  # fmt: skip
+
+
+def test_doctor_knows_every_model_and_predicts_eager_rows(on_a_cpu, not_compiled, unprofiled, monkeypatch):
+    for model in ARCHITECTURES.values():
+        known = workload(model.workload[0])
+        assert known.layout(model.workload[1]) == model.layout
+        assert (known.heads, known.head_dim, known.layers) == (model.heads, model.head_dim, sum(model.depth))
+    asked = []
+
+    def forecast(known, size, density, precisions, **settings):
+        asked.append((known, size, density, precisions, settings["block"]))
+        return Forecast(100, density, around_ms=2.0, dense_ms=5.0, sparse_ms={"int8/int8": 1.5})
+
+    monkeypatch.setattr(benchmark, "forecast", forecast)
+    choice = replace(SHORT, groups=("stock", "cudnn", "paroattn", "cache", "fp8"), forecast=True)
+    rows = measured(toy("cogvideox-5b"), choice, monkeypatch)
+    assert asked == [(workload("cogvideox-5b"), "480p", 0.2, ("int8/int8",), (32, 64))]
+    batch, depth = 2, 3
+    assert [(row["impl"], row["predicted_ms"]) for row in rows if row["predicted_ms"] is not None] == [
+        ("cudnn", batch * depth * 7.0), ("paroattn", batch * depth * 3.5),
+    ]  # fmt: skip
+
+
+def test_a_profile_lists_kernels_on_request(on_a_cpu, not_compiled, unprofiled, monkeypatch):
+    rows = measured(toy("wan-14b-480p"), replace(SHORT, groups=("stock",), profile=True), monkeypatch)
+    assert rows[0]["kernels"] == [
+        {"name": "_hopper_kernel", "part": "attention", "calls": 1, "ms": 2.0},
+        {"name": "nvjet", "part": "linear", "calls": 1, "ms": 1.0},
+    ]
+
+
+def test_a_line_that_falls_is_no_time(on_a_cpu, unprofiled, monkeypatch):
+    monkeypatch.setattr(benchmark, "medians", lambda calls, rounds, warm_up: dict(zip(calls, (9.0, 1.0), strict=True)))
+    monkeypatch.setattr(benchmark, "attention_error", lambda *_: 0.0)
+    row = next(benchmark.measure(toy("wan-14b-480p"), replace(SHORT, groups=("stock",)), "cpu", torch.float32))
+    assert row["ms"] is None
+    assert row["reason"].startswith("more blocks must take longer")
+
+
+def test_a_model_that_fails_leaves_the_others(on_a_cpu, not_compiled, unprofiled, monkeypatch, capsys):
+    def measure(model, choice, device, dtype):
+        if model.name == "flux-1024":
+            raise RuntimeError("out of memory")
+        yield {"impl": "cudnn", "ms": 1.0}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    assert benchmark.main(["--model", "flux-1024", "wan-14b-480p", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert "out of memory" in said.err
+    assert "wan-14b-480p: 0 s" in said.out
 
 
 # FP8 linears
