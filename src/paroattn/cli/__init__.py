@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -56,7 +57,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
     from ..files import check_writable
-    from ..integration.calibrate import collect, needed_by, own_precision
+    from ..integration.calibrate import collect, needed_by, own_precision, unfinished
     from ..plan.plan import FOLDER
 
     prompts = _prompts(args.prompts)
@@ -65,12 +66,18 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(args.out, FOLDER)
     pipe = _pipeline(args)
     settings = replace(settings, precision=args.precision or own_precision(pipe))
+    journal = unfinished(args.out)
+    if journal.exists():
+        say(f"going on with {journal}")
     with stages() as stage:
         report = partial(stage, f"calibrating on {len(prompts)} prompts")
         measured = collect(
-            pipe, prompts, steps=args.steps, capture=capture, seed=args.seed, progress=report, **_call(args)
-        )
-    return _write_plan(measured, settings, args.out)
+            pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
+            progress=report, **_call(args),
+        )  # fmt: skip
+    result = _write_plan(measured, settings, args.out)
+    shutil.rmtree(journal)
+    return result
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:

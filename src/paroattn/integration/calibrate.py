@@ -1,6 +1,9 @@
 """Makes a plan from a few prompts: runs the pipeline dense, feeds the capture, and plans."""
 
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -8,18 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..capture import CaptureSettings, Statistics
 from ..files import check_writable, writing_folder
-from ..grid import Grid, Layout, TextSpan
 from ..kernels.attention import OWN_PRECISION
-from ..kernels.block_stats import block_stats
 from ..plan.plan import COMPONENTS, Plan
 from ..plan.search import PlanSettings, make_plan
 from .apply import recording
+from .collecting import Collector, Economy, Journal, StartOver, check_prompts, explained
 from .generate import run
-from .models import self_attentions
 
 STEPS = 10
 
@@ -33,6 +34,8 @@ def calibrate(
     precision: str | None = None,
     capture: CaptureSettings | None = None,
     settings: PlanSettings | None = None,
+    exact: bool | None = None,
+    economy: Economy | None = None,
     statistics: str | os.PathLike | None = None,
     seed: int = 0,
     impl: str = "auto",
@@ -41,18 +44,25 @@ def calibrate(
 ) -> Plan:
     """Make a plan for a pipeline from one or two prompts.
 
-    Every prompt is generated once, dense, on a short schedule. Statistics of prompts, guidance branches and the steps
-    of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the budget.
+    Every prompt is generated once, dense, on a short schedule. Statistics of prompts, seeds, guidance branches and the
+    steps of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the
+    budget.
+
+    Small models are measured whole, in every candidate order. Of large ones, a short run more chooses the orders from
+    a sample, and masks are made from a few maps of each layer and step, kept in 8 bits a block.
 
     Args:
-        pipe: A diffusers pipeline with a known transformer.
+        pipe: A diffusers pipeline with a known transformer; it may be offloaded.
         prompts: Calibration prompts.
         density: Kept video blocks over all, above 0 and at most 1; that of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
         precision: Precision of every head; that of `settings`, or the transformer's own dtype, by default.
         capture: What to measure; what `settings` needs, on every query row, by default.
         settings: What else the plan should be.
-        statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later.
+        exact: Measure everything; by default if that takes at most 1 GiB.
+        economy: What to measure otherwise.
+        statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later. A
+            calibration that was interrupted leaves a folder of this name and ".unfinished", and goes on from there.
         seed: Seed of the first prompt; the next ones count up.
         impl: How attention maps are measured: "torch", "triton", or "auto", by device; see `block_stats`.
         progress: Called with the share of the work done, 0…1; a progress bar by default.
@@ -62,7 +72,10 @@ def calibrate(
         A plan for every transformer of the pipeline that ran.
 
     Raises:
-        ValueError: If there is no prompt or a setting is out of range, before the model runs.
+        ValueError: If there is no prompt or a setting is out of range, before the model runs; or if the unfinished
+            calibration is one with other settings.
+        OSError: If the disk is full. What was measured before is kept.
+        RuntimeError: If memory ends. What was measured before is kept.
 
     Source:
         PAROAttention (arXiv 2506.16054): static plans from one or two prompts; scores and budget are ours.
@@ -79,16 +92,30 @@ def calibrate(
         )
     if statistics is not None:
         check_writable(statistics, COMPONENTS)
-    measured = collect(pipe, prompts, steps=steps, capture=capture, seed=seed, impl=impl, progress=progress, **call)
+    journal = None if statistics is None else unfinished(statistics)
+    measured = collect(
+        pipe, prompts, steps=steps, capture=capture, settings=settings, exact=exact, economy=economy, journal=journal,
+        seed=seed, impl=impl, progress=progress, **call,
+    )  # fmt: skip
+    plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
     if statistics is not None:
         save_statistics(measured, statistics)
-    return Plan({name: make_plan(each, settings) for name, each in measured.items()})
+    if journal is not None:
+        shutil.rmtree(journal)
+    return plan
+
+
+def unfinished(folder: str | os.PathLike) -> Path:
+    """Where a calibration keeps what it has measured until it can write `folder`."""
+    final = Path(folder).absolute()
+    return final.with_name(f"{final.name}.unfinished")
 
 
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
     """The least that a calibration must measure for such a plan."""
     orders = tuple(dict.fromkeys(("FHW", *settings.orders)))
-    return CaptureSettings(orders=orders, paper=settings.order_score == "paper", **changes)
+    by_mass = "mass" in (settings.order_score, settings.mask_score)
+    return CaptureSettings(orders=orders, paper=settings.order_score == "paper", whole_mass=by_mass, **changes)
 
 
 def save_statistics(measured: Mapping[str, Statistics], folder: str | os.PathLike) -> None:
@@ -118,6 +145,10 @@ def collect(
     *,
     steps: int = STEPS,
     capture: CaptureSettings | None = None,
+    settings: PlanSettings | None = None,
+    exact: bool | None = None,
+    economy: Economy | None = None,
+    journal: str | os.PathLike | None = None,
     seed: int = 0,
     impl: str = "auto",
     progress: Callable[[float], None] | None = None,
@@ -125,27 +156,52 @@ def collect(
 ) -> dict[str, Statistics]:
     """Run the pipeline dense and measure its attention maps; arguments as in `calibrate`.
 
+    Args:
+        pipe, prompts, steps, capture, exact, economy, seed, impl, progress, call: As in `calibrate`.
+        settings: The plan that orders are chosen for, where not everything is measured.
+        journal: Folder that always holds what was measured. An interrupted calibration goes on from there, and the
+            statistics that are returned stay in it.
+
     Returns:
         Statistics by component name ("transformer", "transformer_2").
+
+    Raises:
+        ValueError: As `calibrate`, or if the journal is that of another calibration.
+        OSError, RuntimeError: As `calibrate`.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"calibration needs at least one prompt, none of them empty; got {prompts}")
+    prompts = check_prompts(prompts)
     if steps < 1:
         raise ValueError(f"steps must be 1 or more; got {steps}")
     transformers = transformers_of(pipe)
+    settings, economy = settings or PlanSettings(), economy or Economy()
+    capture = capture or CaptureSettings()
+    exact = True if capture.block_stride > 1 else exact
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
+    orders = {name: getattr(settings, name) for name in ("density", "order_score", "mask_score", "orders")}
+    asked = made | {
+        "models": {name: _described(each) for name, each in transformers.items()},
+        "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
+    }  # fmt: skip
+    folder = None if journal is None else Path(journal)
     with ExitStack() as stack:
+        stack.enter_context(explained(folder))
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
-        collector = _Collector(capture or CaptureSettings(), steps, len(prompts), impl, report)
+        collector = Collector(
+            transformers, len(prompts), steps, capture, settings, economy, Journal(folder, asked, exact), made, impl,
+            report,
+        )  # fmt: skip
         for name, transformer in transformers.items():
-            stack.enter_context(recording(pipe, collector.observer(name), transformer=transformer))
-        for index, prompt in enumerate(prompts):
-            collector.prompt = index
-            run(pipe, prompt, seed + index, steps=steps, output_type="latent", **call)
-    for each in collector.statistics.values():
-        each.made = made | {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
-    return collector.statistics
+            observer = partial(collector.observe, name)
+            stack.enter_context(recording(pipe, observer, transformer=transformer))
+        for each in collector.runs():
+            try:
+                run(pipe, prompts[each.prompt], seed + each.prompt, steps=each.steps, output_type="latent", **call)
+            except StartOver:
+                _free(pipe)
+                continue
+            collector.finish()
+        report(1.0)
+        return collector.result()
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
@@ -185,45 +241,16 @@ def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-class _Collector:
-    """Turns recorded calls into statistics of each transformer."""
-
-    def __init__(
-        self, settings: CaptureSettings, steps: int, prompts: int, impl: str, progress: Callable[[float], None]
-    ):
-        self.settings, self.steps, self.prompts, self.progress = settings, steps, prompts, progress
-        self.measure = partial(block_stats, impl=impl)
-        self.statistics: dict[str, Statistics] = {}
-        self.seen: set[tuple[int, float]] = set()
-        self.prompt = 0
-
-    def observer(self, component: str) -> Callable[..., None]:
-        def observe(
-            layer: str, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor,
-            noise_level: float | None, branch: str | None, grid: Grid | None, text: TextSpan, transformer: nn.Module,
-        ) -> None:  # fmt: skip
-            if grid is None or noise_level is None:
-                raise ValueError(
-                    f"calibration must know the grid and the noise level of every call; got {grid} and {noise_level}. "
-                    "Calibrate a pipeline with a scheduler, at a resolution its ModelSpec understands."
-                )
-            statistics = self.statistics.get(component)
-            if statistics is None:
-                heads, head_dim = q.shape[2:]
-                layout = Layout(grid, text)
-                statistics = Statistics(type(transformer).__name__, heads, head_dim, layout, self.settings)
-                statistics.check_size(len(self_attentions(transformer)), self.steps)
-                self.statistics[component] = statistics
-            statistics.add(layer, q, k, v, output_projection(attention, q.shape[2]), noise_level, self.measure)
-            self.seen.add((self.prompt, noise_level))
-            self.progress(min(1.0, len(self.seen) / (self.steps * self.prompts)))
-
-        return observe
+def _described(transformer: Any) -> str:
+    """What tells one model from another without reading its weights."""
+    config = json.dumps(dict(transformer.config), default=str, sort_keys=True)
+    return f"{type(transformer).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
 
 
-def output_projection(attention: Any, heads: int) -> Tensor:
-    """Output projection of each head, (H, D, channels)."""
-    return attention.to_out[0].weight.detach().mT.unflatten(0, (heads, -1))
+def _free(pipe: Any) -> None:
+    """Offload what the run that was broken off has loaded."""
+    if hasattr(pipe, "maybe_free_model_hooks"):
+        pipe.maybe_free_model_hooks()
 
 
 def _is_plain(value: Any) -> bool:
