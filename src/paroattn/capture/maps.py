@@ -179,7 +179,7 @@ class FolderMaps(Mapping[str, Mapping[float, StoredStats]]):
             path.unlink()
 
     def _encoded(self, sums: BlockStats) -> dict[str, Tensor]:
-        kept = {name: getattr(sums, name) for name in PLAIN if getattr(sums, name) is not None}
+        kept = {name: getattr(sums, name).clone() for name in PLAIN if getattr(sums, name) is not None}
         if not self.codes:
             kept |= {"mass": sums.mass, "error": sums.error}
         else:

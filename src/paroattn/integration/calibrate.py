@@ -243,8 +243,9 @@ def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
 
 def _described(transformer: Any) -> str:
     """What tells one model from another without reading its weights."""
-    config = json.dumps(dict(transformer.config), default=str, sort_keys=True)
-    return f"{type(transformer).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, default=str, sort_keys=True).encode()).hexdigest()
+    return f"{type(transformer).__name__} {getattr(transformer.config, '_name_or_path', '')} {digest[:16]}"
 
 
 def _free(pipe: Any) -> None:

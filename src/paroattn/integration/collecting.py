@@ -234,9 +234,10 @@ class Collector:
             return b == turn % branches
         branches, p = self.journal.branches[component], self.run.prompt
         every = min(-(-self.prompts * branches // self.economy.maps), self.prompts + branches - 1)
-        nothing_yet = level not in statistics.layers.get(layer, {})
-        last_chance = p == self.prompts - 1 and b >= branches - 1
-        return (p + b + turn) % every == 0 or (nothing_yet and last_chance)
+        before = statistics.layers.get(layer, {}).get(level)
+        if before is None and p == self.prompts - 1 and b >= branches - 1:
+            return True  # the last chance
+        return (p + b + turn) % every == 0 and (before is None or before.calls < self.economy.maps)
 
     def _branches(self, component: str, finished: bool = False) -> int:
         """Maps of a layer and step, as far as this run has shown; 1 during its first step."""
