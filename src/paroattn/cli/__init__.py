@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -57,7 +56,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
     from ..files import check_writable
-    from ..integration.calibrate import collect, needed_by, own_precision, unfinished
+    from ..integration.calibrate import collect, discard, needed_by, own_precision, unfinished
     from ..plan.plan import FOLDER
 
     prompts = _prompts(args.prompts)
@@ -76,7 +75,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
             progress=report, **_call(args),
         )  # fmt: skip
     result = _write_plan(measured, settings, args.out)
-    shutil.rmtree(journal)
+    discard(journal)
     return result
 
 

@@ -101,7 +101,7 @@ def calibrate(
     if statistics is not None:
         save_statistics(measured, statistics)
     if journal is not None:
-        shutil.rmtree(journal)
+        discard(journal)
     return plan
 
 
@@ -109,6 +109,14 @@ def unfinished(folder: str | os.PathLike) -> Path:
     """Where a calibration keeps what it has measured until it can write `folder`."""
     final = Path(folder).absolute()
     return final.with_name(f"{final.name}.unfinished")
+
+
+def discard(journal: Path) -> None:
+    """Remove the journal of a calibration whose results are written, all of it or nothing by its name."""
+    finished = journal.with_suffix(".finished")
+    shutil.rmtree(finished, ignore_errors=True)
+    journal.rename(finished)
+    shutil.rmtree(finished, ignore_errors=True)
 
 
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:

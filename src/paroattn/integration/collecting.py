@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..block_mask import blocks_of
 from ..capture import BlockStats, CaptureSettings, Statistics
-from ..capture.maps import write_whole
+from ..capture.maps import SCRATCH, write_whole
 from ..capture.statistics import DESCRIPTION, SAME_LEVEL
 from ..files import read_json
 from ..grid import Grid, Layout, TextSpan
@@ -94,7 +94,8 @@ class Journal:
         if folder is not None and (folder / JOURNAL).is_file():
             self._resume(read_json(folder / JOURNAL))
         elif folder is not None:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            half_written = JOURNAL + SCRATCH
+            if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {half_written}):
                 raise FileExistsError(f"{folder} must be a new folder or an unfinished calibration; it is neither")
             folder.mkdir(parents=True, exist_ok=True)
             self.write()
