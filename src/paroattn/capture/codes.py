@@ -22,14 +22,23 @@ def encode(score: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, top: Tensor) -> Tensor:
     """Scores (…, Nq, Nk) float32 that `encode` gave these codes; code 0 is 0."""
-    logs = codes.float().sub_(LAST).mul_(STEP).add_(top[..., None, None])
-    return logs.exp2_().masked_fill_(codes == 0, 0)
+    score = torch.empty(codes.shape, device=codes.device)
+    maps = zip(score.flatten(0, -3), codes.flatten(0, -3), top.flatten(), strict=True)
+    for one, code, largest in maps if codes.device.type == "cpu" else ((score, codes, top[..., None, None]),):
+        one.copy_(code).sub_(LAST).mul_(STEP).add_(largest).exp2_().masked_fill_(code == 0, 0)  # stays in the cache
+    return score
 
 
 def heaviest(mass: Tensor) -> tuple[Tensor, Tensor]:
     """Key blocks of each row's largest masses, (…, Nq, ≤4) int32, and these masses, float32."""
     found = mass.float().topk(min(HEAVIEST, mass.shape[-1]), -1)
     return found.indices.int(), found.values
+
+
+def merge(places: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """What `heaviest` kept of several masses of the same rows, (…, Nq, kept), as it would of their sum."""
+    same = places[..., None] == places[..., None, :]
+    return places, (same * mass[..., None, :]).sum(-1)
 
 
 def spread(places: Tensor, mass: Tensor, columns: int) -> Tensor:

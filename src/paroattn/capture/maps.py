@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -64,13 +65,24 @@ class StoredStats:
 
     @property
     def mass(self) -> Tensor:
-        if "heaviest" in self._sums:
-            return spread(self._read("heaviest"), self._read("heaviest_mass"), self._columns)
-        return self._map("mass")
+        return self.on("mass", torch.device("cpu"))
 
     @property
     def error(self) -> Tensor:
-        return self._map("error")
+        return self.on("error", torch.device("cpu"))
+
+    @property
+    def heaviest(self) -> tuple[Tensor, Tensor] | None:
+        """Key blocks of each row's largest masses and these masses, (orders, H, Nq, kept), if only they were kept."""
+        return (self._read("heaviest"), self._read("heaviest_mass")) if "heaviest" in self._sums else None
+
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """Mass or error on a device, where it is decoded."""
+        if name == "mass" and (kept := self.heaviest) is not None:
+            return spread(*(part.to(device) for part in kept), self._columns)
+        if f"{name}_top" in self._sums:
+            return decode(self._read(name).to(device), self._read(f"{name}_top").to(device))
+        return self._read(name).to(device)
 
     @property
     def rows(self) -> Tensor | None:
@@ -87,11 +99,6 @@ class StoredStats:
     @cached_property
     def output_power(self) -> Tensor:
         return self._read("output_power")
-
-    def _map(self, name: str) -> Tensor:
-        if f"{name}_top" in self._sums:
-            return decode(self._read(name), self._read(f"{name}_top"))
-        return self._read(name)
 
     def _read(self, name: str) -> Tensor:
         try:

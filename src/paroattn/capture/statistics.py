@@ -19,8 +19,8 @@ from torch import Tensor
 from ..block_mask import blocks_of, parse_block
 from ..files import read_json, writing_folder
 from ..grid import Grid, Layout, TextSpan
-from .codes import HEAVIEST
-from .maps import TENSORS, FolderMaps, MemoryMaps, write_whole
+from .codes import HEAVIEST, merge
+from .maps import TENSORS, FolderMaps, MemoryMaps, StoredStats, write_whole
 from .measured import BlockStats, CaptureSettings
 
 FORMAT_VERSION = 2
@@ -171,7 +171,13 @@ class Statistics:
     def _order(self, layer: str) -> Tensor:
         return torch.tensor([self.settings.orders.index(order) for order in self.chosen[layer]])
 
-    def mean(self, layer: str, name: str, levels: Sequence[float] | None = None) -> Tensor:
+    def mean(
+        self,
+        layer: str,
+        name: str,
+        levels: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """A layer's statistic `name`, averaged over maps and over the given noise levels (all by default).
 
         Of a sample of query blocks, mass and error are those of all levels one below the other, (orders, H, measured
@@ -186,17 +192,31 @@ class Statistics:
                 f"a mask needs statistics of all query blocks; got one in {self.settings.block_stride}, which is "
                 "enough to choose orders. Calibrate with block_stride=1."
             )
+        sums = self._measured(layer, levels)
+        if self._sampled and name in MAPS:
+            return torch.cat([_part(each, name, device) / each.calls for each in sums], -2)
+        total = _part(sums[0], name, device) / sums[0].calls
+        for each in sums[1:]:
+            total += _part(each, name, device).div_(each.calls)
+        return total.div_(len(sums))
+
+    def heaviest(self, layer: str, levels: Sequence[float] | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Key block of the largest mean mass of each row, (orders, H, Nq)."""
+        sums = self._measured(layer, levels)
+        kept = [each.heaviest for each in sums if isinstance(each, StoredStats)]
+        if len(kept) < len(sums) or None in kept:
+            return self.mean(layer, "mass", levels, device).argmax(-1)
+        places = torch.cat([each[0] for each in kept], -1).to(device)
+        masses = torch.cat([each[1] / one.calls for each, one in zip(kept, sums, strict=True)], -1).to(device)
+        places, masses = merge(places, masses)
+        return places.gather(-1, masses.argmax(-1, keepdim=True))[..., 0].long()
+
+    def _measured(self, layer: str, levels: Sequence[float] | None) -> list[Any]:
         measured = self.layers[layer]
         sums = [measured[level] for level in (levels or self.noise_levels) if level in measured]
         if not sums:
             raise ValueError(f"{layer} was measured at none of the noise levels {levels}. Calibrate with more maps.")
-        means = (getattr(each, name) / each.calls for each in sums)
-        if self._sampled and name in MAPS:
-            return torch.cat(list(means), -2)
-        total = next(means)
-        for each in means:
-            total += each
-        return total / len(sums)
+        return sums
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the statistics as a folder, all of it or nothing; files that are there already are linked."""
@@ -298,6 +318,13 @@ class Statistics:
                 if float(level) not in statistics.layers.get(name, {}):
                     raise ValueError(f"{name} at noise level {level} is missing")
         return statistics
+
+
+def _part(sums: Any, name: str, device: torch.device | str) -> Tensor:
+    """One statistic of a level, a tensor of its own."""
+    if isinstance(sums, StoredStats) and name in MAPS:
+        return sums.on(name, torch.device(device))
+    return getattr(sums, name).to(device, copy=True)
 
 
 def _link(source: Path, target: Path) -> None:

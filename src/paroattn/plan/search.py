@@ -77,7 +77,9 @@ class PlanSettings:
             raise ValueError("scores by mass need the masses of all blocks; calibrate with whole_mass=True")
 
 
-def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> TransformerPlan:
+def make_plan(
+    statistics: Statistics, settings: PlanSettings | None = None, *, device: str | None = None
+) -> TransformerPlan:
     """Choose orders and masks.
 
     Layers are read one after the other, so statistics in a folder may be larger than memory.
@@ -85,6 +87,7 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
     Args:
         statistics: From a calibration; at least one noise level.
         settings: What the plan should be.
+        device: Where scores are compared; by default the CPU, or for statistics in 8 bits a GPU if there is one.
 
     Raises:
         ValueError: If the statistics lack a candidate order or a map, or hold no layer.
@@ -95,7 +98,9 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
         raise ValueError("the statistics must hold at least one layer; got none. Calibrate again.")
     phases = phases_of(statistics.noise_levels, settings.phase_ends)
     chosen = {layer: choose_orders(statistics, layer, settings) for layer in statistics.layers}
-    maps = _Maps(statistics, chosen, phases, settings)
+    if device is None:
+        device = "cuda" if statistics.settings.codes and torch.cuda.is_available() else "cpu"
+    maps = _Maps(statistics, chosen, phases, settings, device)
     if settings.budget == "per_head":
         masks = ((layer, maps.each_head(layer)) for layer in chosen)
     else:
@@ -113,7 +118,7 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
         layers={
             layer: LayerPlan(
                 orders=tuple(names[index] for index in chosen[layer].tolist()),
-                mask=BlockMask.from_dense(kept, statistics.settings.block),
+                mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
                 precision=((settings.precision or "fp32",) * statistics.heads,) * len(phases),
             )
             for layer, kept in masks
@@ -149,11 +154,11 @@ class _Maps:
     """Scores of the chosen orders, made anew whenever they are asked for."""
 
     def __init__(
-        self, statistics: Statistics, chosen: dict[str, Tensor], phases: tuple[Phase, ...], settings: PlanSettings
-    ):
-        self.statistics, self.settings = statistics, settings
-        only = bool(statistics.chosen)  # the statistics have a single order then
-        self.chosen = {layer: torch.zeros_like(order) if only else order for layer, order in chosen.items()}
+        self, statistics: Statistics, chosen: dict[str, Tensor], phases: tuple[Phase, ...], settings: PlanSettings,
+        device: str,
+    ):  # fmt: skip
+        self.statistics, self.settings, self.device = statistics, settings, device
+        self.chosen = {} if statistics.chosen else chosen  # the statistics have a single order then
         self.levels: list[list[float]] = [[] for _ in phases]
         for level in statistics.noise_levels:
             self.levels[phase_at(phases, level)].append(level)
@@ -161,13 +166,13 @@ class _Maps:
 
     def ranked(self, layer: str, phase: int) -> Tensor:
         """What keeping each block is worth, (heads, Nq, Nk); infinite for the heaviest of each row."""
-        score = self._score(self.settings.mask_score, layer, phase)
+        levels, key = self.levels[phase], (layer, phase)
+        score = self._of(MASK_SCORES[self.settings.mask_score](self.statistics, layer, levels, self.device), layer)
         if self.settings.budget == "layer_normalised":
-            score = score / _size(self.statistics, layer, self.settings.mask_score)
-        key = (layer, phase)
+            score /= _size(self.statistics, layer, self.settings.mask_score).to(self.device)
         if key not in self._heaviest:
-            self._heaviest[key] = self._score("mass", layer, phase).argmax(-1, keepdim=True).int()
-        return score.scatter(-1, self._heaviest[key].long(), torch.inf)
+            self._heaviest[key] = self._of(self.statistics.heaviest(layer, levels, self.device), layer)[..., None].cpu()
+        return score.scatter_(-1, self._heaviest[key].to(self.device), torch.inf)
 
     def each_head(self, layer: str) -> Tensor:
         """Kept blocks at the same density in every head and phase, (phases, heads, Nq, Nk)."""
@@ -180,9 +185,10 @@ class _Maps:
             kept.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True).view(ranked.shape))
         return torch.stack(kept)
 
-    def _score(self, name: str, layer: str, phase: int) -> Tensor:
-        score = MASK_SCORES[name](self.statistics, layer, self.levels[phase])
-        return score[self.chosen[layer], torch.arange(len(self.chosen[layer]))]
+    def _of(self, found: Tensor, layer: str) -> Tensor:
+        """Of every head what belongs to its order, (heads, …)."""
+        order = self.chosen.get(layer)
+        return found[0] if order is None else found[order.to(found.device), torch.arange(len(order))]
 
 
 def _size(statistics: Statistics, layer: str, mask_score: str) -> Tensor:

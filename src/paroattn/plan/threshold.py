@@ -12,6 +12,7 @@ from torch import Tensor
 
 HALF = 16
 BINS = 2**HALF
+AT_ONCE = 2**20
 CERTAIN = 0x7F800000
 """Bits of infinity, the score of a block that is kept whatever it costs."""
 TOLERANCE = 1e-9
@@ -27,8 +28,8 @@ def select(
     Args:
         layers: Names of the layers.
         costs: What a block of each phase costs, such as the number of its steps.
-        scores: Makes the scores of a layer and phase, (heads, Nq, Nk) float32, 0 or more, the same ones every time;
-            infinity keeps a block in any case.
+        scores: Makes the scores of a layer and phase, (heads, Nq, Nk) float32, 0 or more, the same ones every time,
+            in a new tensor; infinity keeps a block in any case.
         density: Share of the cost of all blocks that may be kept.
 
     Yields:
@@ -37,13 +38,13 @@ def select(
     phases = range(len(costs))
 
     def bits(layer: str, phase: int) -> Tensor:
-        score = scores(layer, phase).contiguous()
-        return (score + 0.0).view(torch.int32)  # -0.0 has a bit set
+        return scores(layer, phase).contiguous().abs_().view(torch.int32)  # -0.0 has a bit set
 
     upper = torch.zeros(len(costs), BINS // 2, dtype=torch.int64)
     for layer in layers:
         for phase in phases:
-            upper[phase] += torch.bincount(bits(layer, phase).flatten() >> HALF, minlength=BINS // 2)
+            for part in bits(layer, phase).flatten().split(AT_ONCE):
+                upper[phase] += torch.bincount(part >> HALF, minlength=BINS // 2).cpu()
     weights = torch.tensor(costs)
     left = int((density + TOLERANCE) * float((upper.sum(1) * weights).sum()))
     certain = CERTAIN >> HALF
@@ -54,9 +55,9 @@ def select(
         lower = torch.zeros(len(costs), BINS, dtype=torch.int64)
         for layer in layers:
             for phase in phases:
-                found = bits(layer, phase).flatten()
-                found = found[found >> HALF == decisive] & (BINS - 1)
-                lower[phase] += torch.bincount(found, minlength=BINS)
+                for part in bits(layer, phase).flatten().split(AT_ONCE):
+                    found = part[part >> HALF == decisive] & (BINS - 1)
+                    lower[phase] += torch.bincount(found, minlength=BINS).cpu()
         last, left = _reach((lower * weights[:, None]).sum(0), left)
         threshold = (decisive << HALF) + last
     for layer in layers:
@@ -67,10 +68,11 @@ def select(
                 kept.append(torch.ones_like(found, dtype=torch.bool))
                 continue
             part = found > threshold
-            equal = (found == threshold).flatten().nonzero()[:, 0]
-            count = min(len(equal), max(left, 0) // costs[phase])
-            part.view(-1)[equal[:count]] = True
-            left = left - count * costs[phase] if count == len(equal) else -1
+            if left >= 0:
+                equal = (found == threshold).flatten().nonzero()[:, 0]
+                affordable = min(len(equal), left // costs[phase])
+                part.view(-1)[equal[:affordable]] = True
+                left = left - affordable * costs[phase] if affordable == len(equal) else -1
             kept.append(part)
         yield layer, torch.stack(kept)
 
