@@ -16,13 +16,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from tiny_models import BLOCK, LATENTS, TinyPipeline, tiny_wan, wan_inputs
 
+import calibration
 from paroattn.capture import CaptureSettings, Statistics
+from paroattn.demo.pipeline import load_demo
+from paroattn.demo.prompt import CALIBRATION_PROMPTS
 from paroattn.integration import collecting
 from paroattn.integration.calibrate import calibrate, collect, load_statistics, unfinished
 from paroattn.integration.collecting import Economy, by_heads, output_projection
 from paroattn.kernels.block_stats import block_stats
 from paroattn.plan.plan import Plan
-from paroattn.plan.search import PlanSettings
+from paroattn.plan.search import PlanSettings, make_plan
 
 PROMPTS = ("a", "another")
 STEPS = 4
@@ -53,15 +56,21 @@ class Pipeline(TinyPipeline):
 
 
 def pipeline(two=False):
-    torch.set_num_threads(1)
     return Pipeline(tiny_wan(0), FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_wan(1) if two else None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other make small products slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    threads = torch.get_num_threads()
-    yield pipeline()
-    torch.set_num_threads(threads)
+    return pipeline()
 
 
 def collected(pipe, prompts=PROMPTS, exact=False, **settings):
@@ -211,6 +220,7 @@ def saved(plan: Plan, folder) -> bytes:
 def killed_after(folder, exact, writes: int) -> None:
     """Calibrate in a process that kills itself before or after its next so many renames."""
     random.seed(writes)
+    torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("warn")
     left, replaced = [writes], os.replace
 
@@ -338,3 +348,41 @@ def test_when_the_disk_is_full_what_was_measured_is_kept(pipe, tmp_path, monkeyp
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="must be 1 or more"):
         Economy(**bad)
+
+
+# On the bundled model, and the benchmark
+
+
+def test_8_bits_change_few_blocks_of_the_bundled_models_plan(tmp_path):
+    settings = CaptureSettings(orders=("FHW", "WFH", "HWF"), paper=False, row_stride=16)
+    exact = collect(
+        load_demo(), CALIBRATION_PROMPTS[0], steps=1, capture=settings, progress=lambda done: None, guidance_scale=1.0
+    )["transformer"]  # fmt: skip
+    coded = replace(exact, settings=replace(settings, codes=True))
+    coded.save(tmp_path / "statistics")
+    coded = Statistics.load(tmp_path / "statistics")
+    assert coded.settings.codes
+    for density in (0.1, 0.25, 0.5):
+        plans = [make_plan(each, PlanSettings(density, orders=settings.orders)) for each in (exact, coded)]
+        changed = kept = 0
+        for layer, mine in plans[0].layers.items():
+            theirs = plans[1].layers[layer]
+            assert theirs.orders == mine.orders
+            changed += int((theirs.mask.dense() & ~mine.mask.dense()).sum())
+            kept += int(mine.mask.dense().sum())
+        assert 0 < changed < 0.01 * kept
+
+
+def test_the_benchmark_measures_a_tiny_model_and_scales_it(tmp_path, monkeypatch):
+    out = tmp_path / "calibration.json"
+    words = ["calibration.py", "--model", "tiny", "--layers", 2, "--block", "32x64", "--steps", 2, "--order-steps", 1]
+    words += ["--device", "cpu", "--scratch", tmp_path, "--out", out]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    calibration.main()
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row.items() >= {
+        "model": "tiny", "tokens": 210, "layers": 3, "layers_measured": 2, "heads": 2, "phases": 2, "prompts": 2,
+        "extra_gib": None,
+    }.items()  # fmt: skip
+    assert row["seconds"] > 0 and row["seconds_forward"] > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"calibration.json"}
