@@ -159,6 +159,16 @@ def test_what_would_take_too_much_is_measured_in_two_stages(pipe, monkeypatch, t
     ]
 
 
+def test_masks_that_would_not_fit_are_refused_before_orders_are_measured(pipe, monkeypatch, tmp_path):
+    layout = collected(pipe, PROMPTS[:1])["transformer"].layout
+    settings = {"settings": replace(CAPTURE, codes=True), "chosen": {"a": ()}}
+    size = Statistics("Model", 2, 64, layout, **settings).bytes_needed(2, STEPS)
+    monkeypatch.setattr("paroattn.capture.statistics.LARGEST", size - 1)
+    with pytest.raises(ValueError, match=r"2 layers, 4 noise levels, 1 orders and 7×4 blocks .* Take larger blocks"):
+        collected(pipe, PROMPTS[:1], economy=replace(ECONOMY, order_steps=1, block_stride=7), journal=tmp_path / "new")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_progress_rises_to_one(pipe):
     for exact in (True, False):
         seen = []

@@ -67,8 +67,13 @@ class Statistics:
         row = columns + masses if self.settings.codes else 2 * 4 * columns
         return layers * levels * (1 if self.chosen else len(self.settings.orders)) * self.heads * rows * row
 
-    def check_size(self, layers: int, levels: int) -> None:
+    def check_size(self, layers: int, levels: int, folder: Path | None = None) -> None:
         """Refuse before the model runs what would not fit in memory, or on the disk that holds the folder.
+
+        Args:
+            layers: How many.
+            levels: How many noise levels.
+            folder: Where the statistics will be kept, if they are not yet kept in a folder.
 
         Raises:
             ValueError: If statistics of so many layers and noise levels pass 16 GiB.
@@ -83,12 +88,15 @@ class Statistics:
                 f"{1 if self.chosen else len(self.settings.orders)} orders and {rows}×{columns} blocks take "
                 f"{size / 2**30:.0f} GiB. Take larger blocks, fewer orders or fewer steps."
             )
+        there = 0
         if isinstance(self.layers, FolderMaps):
+            folder = self.layers.folder
             there = sum(path.stat().st_size for path in self.layers.files())
-            free = shutil.disk_usage(self.layers.folder).free
+        if folder is not None:
+            free = shutil.disk_usage(folder).free
             if size - there > free:
                 raise OSError(
-                    f"{self.layers.folder} must have {(size - there) / 1e9:.1f} GB free for the statistics; it has "
+                    f"{folder} must have {(size - there) / 1e9:.1f} GB free for the statistics; it has "
                     f"{free / 1e9:.1f} GB. Give a folder on another disk, or take larger blocks or fewer steps."
                 )
 
@@ -145,7 +153,7 @@ class Statistics:
             raise ValueError(f"{layer}: what is measured must be finite; got NaN or infinity at noise level {level}")
         before = levels.get(level)
         if before is not None:
-            new = {name: getattr(before, name).to(part.device) + part for name, part in new.items()}
+            new = {name: _part(before, name, part.device) + part for name, part in new.items()}
         calls = measured.calls + (before.calls if before else 0)
         sums = BlockStats(**new, calls=calls, rows=measured.rows if self._sampled else None)
         self._maps.put(layer, level, sums, units)

@@ -97,12 +97,11 @@ class Journal:
             half_written = JOURNAL + SCRATCH
             if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {half_written}):
                 raise FileExistsError(f"{folder} must be a new folder or an unfinished calibration; it is neither")
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write()
 
     def write(self) -> None:
         """Keep what was decided and finished."""
         if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             kept = {name: getattr(self, name) for name in ("asked", "exact", "done", "branches", "chosen")}
             blob = json.dumps({"version": JOURNAL_VERSION} | kept, indent=1).encode()
             write_whole(self.folder / JOURNAL, blob)
@@ -269,11 +268,10 @@ class Collector:
         new = Statistics(model_class, *q.shape[2:], layout, self.capture)
         if self.journal.exact is None:
             self.journal.exact = new.bytes_needed(len(names), self.steps) <= EXACT_BYTES
-            self.journal.write()
             if not self.journal.exact:
                 raise StartOver
         if not self.journal.exact:
-            new.settings = self._economical(layout)
+            new.settings = self._economical(layout, self.run.stage)
             if self.run.stage == "masks":
                 if component not in self.journal.chosen:
                     raise ValueError(
@@ -282,6 +280,7 @@ class Collector:
                     )
                 chosen = self.journal.chosen[component]
                 new.chosen = {layer: tuple(orders) for layer, orders in chosen.items()}
+        self.journal.write()
         folder = self._folder(component)
         if folder is not None:
             if (folder / DESCRIPTION).is_file() and (there := Statistics.load(folder)).layout != layout:
@@ -289,12 +288,15 @@ class Collector:
             folder.mkdir(parents=True, exist_ok=True)
             new.keep_in(folder, names, self._scratch)
         new.check_size(len(names), self.run.steps)
+        if self.run.stage == "orders":  # masks are made later, but what is too much for them is known now
+            masks = replace(new, settings=self._economical(layout, "masks"), layers={}, chosen={names[0]: ()})
+            masks.check_size(len(names), self.steps, folder)
         return new
 
-    def _economical(self, layout: Layout) -> CaptureSettings:
+    def _economical(self, layout: Layout, stage: str) -> CaptureSettings:
         stride = min(self.economy.block_stride, blocks_of(layout.grid.tokens, self.capture.block[0]))
-        by_mass = {"orders": self.settings.order_score, "masks": self.settings.mask_score}[self.run.stage] == "mass"
-        orders = self.run.stage == "orders"
+        by_mass = {"orders": self.settings.order_score, "masks": self.settings.mask_score}[stage] == "mass"
+        orders = stage == "orders"
         return replace(
             self.capture,
             codes=True,

@@ -187,8 +187,10 @@ class _Maps:
 
     def _of(self, found: Tensor, layer: str) -> Tensor:
         """Of every head what belongs to its order, (heads, …)."""
-        order = self.chosen.get(layer)
-        return found[0] if order is None else found[order.to(found.device), torch.arange(len(order))]
+        if layer not in self.chosen:
+            return found[0]
+        order = self.chosen[layer].to(found.device)
+        return found[order, torch.arange(len(order), device=found.device)]
 
 
 def _size(statistics: Statistics, layer: str, mask_score: str) -> Tensor:
