@@ -21,8 +21,10 @@ from paroattn.capture import CaptureSettings, Statistics
 from paroattn.demo.pipeline import load_demo
 from paroattn.demo.prompt import CALIBRATION_PROMPTS
 from paroattn.integration import collecting
-from paroattn.integration.calibrate import calibrate, collect, load_statistics, unfinished
-from paroattn.integration.collecting import Economy, by_heads, output_projection
+from paroattn.integration.calibrate import calibrate, collect, load_statistics
+from paroattn.integration.collecting import Economy, by_heads
+from paroattn.integration.journal import unfinished
+from paroattn.integration.projection import output_projection
 from paroattn.kernels.block_stats import block_stats
 from paroattn.plan.plan import Plan
 from paroattn.plan.search import PlanSettings, make_plan
@@ -207,9 +209,9 @@ def test_a_model_whose_weights_are_elsewhere_gives_the_same_statistics(pipe):
         there = collected(other, PROMPTS[:1])["transformer"]
     for layer in LAYERS:
         assert torch.equal(here.mean(layer, "error"), there.mean(layer, "error"))
-    attention = tiny_wan(0).to("meta").blocks[0].attn1
+    gone = tiny_wan(0).to("meta")
     with pytest.raises(ValueError, match="this layer's are on no device"):
-        output_projection(attention, 2)
+        output_projection(gone, LAYERS[0], gone.blocks[0].attn1)
 
 
 # Interruptions

@@ -1,11 +1,14 @@
 """The command line: every stage on the bundled model, and every wrong use before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from PIL import Image, ImageChops
 
 from paroattn.cli import main
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+from paroattn.plan.plan import Plan
 
 FAST = ["--guidance-scale", "1", "--steps", "2"]
 
@@ -41,6 +44,7 @@ def test_calibrate_writes_statistics_and_the_plan_made_from_them(plan):
     maps = {name for name in files if name.startswith("statistics/transformer/maps/blocks.")}
     assert len(maps) == 10 and "statistics/transformer/maps/blocks.4.attn1@1.0.safetensors" in maps
     assert files - maps == {
+        "README.md",
         "transformer/plan.json",
         "transformer/plan.safetensors",
         "statistics/transformer/statistics.json",
@@ -62,6 +66,29 @@ def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):
     numbers, words = said(capsys)
     assert numbers["transformer"]["grid"] == "16x13x18" and "density 0.400" in words and "blocks.4.attn1" in words
     assert "<html" in (tmp_path / "plan.html").read_text()
+
+
+def test_show_draws_the_masks_of_a_phase_into_one_picture(plan, tmp_path, capsys):
+    pictures = {}
+    for phase in (0, 1):
+        assert paro("show", plan, "--png", tmp_path / f"{phase}.png", "--phase", phase) == 0
+        with Image.open(tmp_path / f"{phase}.png") as picture:
+            pictures[phase] = picture.convert("RGB")
+    assert min(pictures[0].size) > 500 and pictures[0].size == pictures[1].size
+    assert ImageChops.difference(pictures[0], pictures[1]).getbbox() is not None
+    assert paro("show", plan, "--html", tmp_path / "plan.html", "--phase", 1) == 0
+    assert "in phase 1 of" in (tmp_path / "plan.html").read_text()
+
+
+def test_show_draws_both_experts_below_each_other(plan, tmp_path):
+    both, one = tmp_path / "both", Plan.from_pretrained(plan)["transformer"]
+    Plan({"transformer": one, "transformer_2": replace(one, component="transformer_2")}).save_pretrained(both)
+    for folder in (plan, both):
+        assert paro("show", folder, "--png", tmp_path / f"{folder.name}.png") == 0
+    with Image.open(tmp_path / "plan.png") as single, Image.open(tmp_path / "both.png") as double:
+        assert double.size == (single.width, 2 * single.height)
+        lower = double.crop((0, single.height, *double.size))
+        assert ImageChops.difference(lower.convert("RGB"), single.convert("RGB")).getbbox() is None
 
 
 def test_generate_writes_a_clip_and_says_what_ran(plan, tmp_path, capsys):
@@ -96,7 +123,7 @@ def test_demo_tells_the_whole_story(tmp_path, capsys):
     assert "against dense:" in words and "report.html" in words
 
 
-def _wrong_uses(prompts, tmp_path):
+def _wrong_uses(prompts, plan, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n# nothing\n")
     busy = tmp_path / "busy"
@@ -120,6 +147,8 @@ def _wrong_uses(prompts, tmp_path):
         "holds no statistics": ["plan", busy, "--out", out],
         "holds no plan": ["show", busy],
         "neither a folder nor a plan": ["show", tmp_path / "missing"],
+        "--phase must be below 2; got 2": ["show", plan, "--phase", 2],
+        "written as .png; got 'plan.jpg'": ["show", plan, "--png", tmp_path / "plan.jpg"],
         "--plan is needed": ["generate", "some/model", *some, "--out", tmp_path / "x.gif"],
         "understands prompts like": ["generate", "demo", "--prompt", "a dragon", "--out", tmp_path / "x.gif", *FAST],
         ".avi": ["generate", "demo", *some, "--out", tmp_path / "x.avi"],
@@ -139,8 +168,8 @@ def _wrong_uses(prompts, tmp_path):
     }
 
 
-def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, tmp_path, capsys):
-    for expected, words in _wrong_uses(prompts, tmp_path).items():
+def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, plan, tmp_path, capsys):
+    for expected, words in _wrong_uses(prompts, plan, tmp_path).items():
         before = sorted(tmp_path.rglob("*"))
         assert paro(*words) == 2, words
         numbers, line = said(capsys)

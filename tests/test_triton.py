@@ -21,7 +21,7 @@ from paroattn.kernels import reference
 from paroattn.precision import FORMATS, Precision, hadamard, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from paroattn.kernels import prepare, sparse
+from paroattn.kernels import prepare, sparse, tiles
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,7 +229,7 @@ def test_bf16_tensors_do_as_well():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("block", sparse.BLOCKS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("block", tiles.BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv"])
 def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
     case = Case(TextSpan(70, "suffix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
@@ -238,12 +238,12 @@ def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [40, 64, 128])
-@pytest.mark.parametrize("block", sparse.BLOCKS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("block", tiles.BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("precision", ["int8/fp8", "int8"])
 def test_the_portable_kernel_agrees_with_the_one_for_this_gpu(precision, block, dim, monkeypatch):
     case = Case(TextSpan(70, "prefix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
     out, lse = case.run(precision)
-    monkeypatch.setattr(sparse, "HAS_GLUON", False)
+    monkeypatch.setattr(tiles, "HAS_GLUON", False)
     portable, portable_lse = case.run(precision)
     assert (out - portable)[case.real].norm() <= 5e-3 * portable[case.real].norm()
     assert (lse - portable_lse).transpose(1, 2)[case.real].abs().max() <= 1e-2
@@ -252,7 +252,7 @@ def test_the_portable_kernel_agrees_with_the_one_for_this_gpu(precision, block, 
 def test_descriptors_and_pointers_load_the_same(monkeypatch):
     case, results = Case(TextSpan(23, "prefix"), True, (128, 128), grid=Grid(3, 5, 7)), []
     for descriptors in (False, True):
-        monkeypatch.setattr(sparse, "tile_of", lambda *_, d=descriptors: sparse.Tile(64, 4, 2, d))
+        monkeypatch.setattr(sparse, "tile_of", lambda *_, d=descriptors: tiles.Tile(64, 4, 2, d))
         results.append([case.run(precision)[0] for precision in ("int8", "fp16")])
     for pointer, descriptor in zip(*results, strict=True):
         assert torch.equal(pointer, descriptor)
@@ -439,23 +439,23 @@ def test_a_missing_triton_is_named(monkeypatch):
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_every_gpu_has_a_tile(capability, monkeypatch):
-    monkeypatch.setattr(sparse, "INTERPRETED", False)
-    monkeypatch.setattr(sparse, "HAS_GLUON", False)
-    for precision, block, d_pad in product(("int8", "int8/fp8", "fp16", "int8-qk"), sparse.BLOCKS, (64, 128)):
-        tile = sparse.tile_of(capability, Precision.parse(precision), block, d_pad)
-        assert isinstance(tile, sparse.Tile) and (not tile.descriptors or capability[0] == 9)
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "HAS_GLUON", False)
+    for precision, block, d_pad in product(("int8", "int8/fp8", "fp16", "int8-qk"), tiles.BLOCKS, (64, 128)):
+        tile = tiles.tile_of(capability, Precision.parse(precision), block, d_pad)
+        assert isinstance(tile, tiles.Tile) and (not tile.descriptors or capability[0] == 9)
 
 
 def test_hopper_has_its_own_kernel_for_products_of_8_bits(monkeypatch):
-    monkeypatch.setattr(sparse, "INTERPRETED", False)
-    for precision, block, d_pad in product(("int8", "int8/fp8", "bf16", "int8-qk"), sparse.BLOCKS, (64, 128)):
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    for precision, block, d_pad in product(("int8", "int8/fp8", "bf16", "int8-qk"), tiles.BLOCKS, (64, 128)):
         formats = Precision.parse(precision)
-        ring = sparse.tile_of((9, 0), formats, block, d_pad)
-        assert isinstance(ring, sparse.Ring) == (formats.pv in ("int8", "fp8"))
-        assert isinstance(sparse.tile_of((10, 0), formats, block, d_pad), sparse.Tile)
+        ring = tiles.tile_of((9, 0), formats, block, d_pad)
+        assert isinstance(ring, tiles.Ring) == (formats.pv in ("int8", "fp8"))
+        assert isinstance(tiles.tile_of((10, 0), formats, block, d_pad), tiles.Tile)
         with monkeypatch.context() as old_triton:
-            old_triton.setattr(sparse, "HAS_GLUON", False)
-            assert isinstance(sparse.tile_of((9, 0), formats, block, d_pad), sparse.Tile)
+            old_triton.setattr(tiles, "HAS_GLUON", False)
+            assert isinstance(tiles.tile_of((9, 0), formats, block, d_pad), tiles.Tile)
 
 
 def compiled(*options: str) -> list[dict]:

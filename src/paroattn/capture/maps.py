@@ -27,7 +27,7 @@ SUFFIX = ".safetensors"
 SCRATCH = ".new"
 
 
-class MemoryMaps(dict[str, dict[float, Any]]):
+class MemoryMaps(dict[str, Any]):
     """Statistics in memory, by layer and noise level."""
 
     def put(self, layer: str, level: float, sums: BlockStats, units: Sequence[str] = ()) -> None:
@@ -79,7 +79,8 @@ class StoredStats:
     def on(self, name: str, device: torch.device) -> Tensor:
         """Mass or error on a device, where it is decoded."""
         if name == "mass" and (kept := self.heaviest) is not None:
-            return spread(*(part.to(device) for part in kept), self._columns)
+            places, masses = kept
+            return spread(places.to(device), masses.to(device), self._columns)
         if f"{name}_top" in self._sums:
             return decode(self._read(name).to(device), self._read(f"{name}_top").to(device))
         return self._read(name).to(device)
@@ -225,4 +226,4 @@ def _name(layer: str, level: float) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).numpy().data).hexdigest()

@@ -38,7 +38,7 @@ class Statistics:
     Attributes:
         model_class: Class of the transformer.
         heads, head_dim: Of its self-attentions.
-        layout: Grid and text of the sequence.
+        layout: Grid and text of the sequence; the text of other calls may be longer or shorter.
         settings: What is measured.
         layers: Block statistics by module path and noise level, in memory or in a folder.
         made: How the statistics were made; free JSON.
@@ -110,6 +110,7 @@ class Statistics:
         noise_level: float,
         measure: Callable[..., BlockStats],
         units: Sequence[str] = (),
+        layout: Layout | None = None,
     ) -> None:
         """Measure one self-attention call and add it up.
 
@@ -123,13 +124,15 @@ class Statistics:
             noise_level: Of this call.
             measure: The statistics function, such as `kernels.block_stats.block_stats`.
             units: Names of these maps, kept with the statistics in a folder.
+            layout: Of these maps; that of the statistics by default. The text may be longer or shorter.
 
         Raises:
             ValueError: If the tensors have other heads or another length than the statistics, or what is measured is
                 not finite.
             OSError: If the statistics cannot be written.
         """
-        expected, found = (self.layout.tokens, self.heads, self.head_dim), tuple(q.shape[1:])
+        layout = layout or self.layout
+        expected, found = (layout.tokens, self.heads, self.head_dim), tuple(q.shape[1:])
         if expected != found:
             raise ValueError(f"{layer}: (tokens, heads, head dimension) must be {expected}; got {found}")
         levels, level = self.layers.get(layer, {}), round(noise_level, SAME_LEVEL)
@@ -138,7 +141,7 @@ class Statistics:
             k,
             v,
             w_o,
-            layout=self.layout,
+            layout=layout,
             orders=self.settings.orders,
             block=self.settings.block,
             row_stride=self.settings.row_stride,
@@ -211,8 +214,8 @@ class Statistics:
     def heaviest(self, layer: str, levels: Sequence[float] | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Key block of the largest mean mass of each row, (orders, H, Nq)."""
         sums = self._measured(layer, levels)
-        kept = [each.heaviest for each in sums if isinstance(each, StoredStats)]
-        if len(kept) < len(sums) or None in kept:
+        kept = [found for each in sums if isinstance(each, StoredStats) and (found := each.heaviest) is not None]
+        if len(kept) < len(sums):
             return self.mean(layer, "mass", levels, device).argmax(-1)
         places = torch.cat([each[0] for each in kept], -1).to(device)
         masses = torch.cat([each[1] / one.calls for each, one in zip(kept, sums, strict=True)], -1).to(device)
@@ -221,7 +224,7 @@ class Statistics:
 
     def _measured(self, layer: str, levels: Sequence[float] | None) -> list[Any]:
         measured = self.layers[layer]
-        sums = [measured[level] for level in (levels or self.noise_levels) if level in measured]
+        sums = [measured[level] for level in (self.noise_levels if levels is None else levels) if level in measured]
         if not sums:
             raise ValueError(f"{layer} was measured at none of the noise levels {levels}. Calibrate with more maps.")
         return sums

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import parser
+from .doctor import examine
 from .terminal import console, end, plan_table, say, say_summary, stages, steps
 
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
@@ -30,11 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"paro {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"paro {args.command}: interrupted; nothing was written", file=sys.stderr)
+        left = "the same command goes on from here" if args.command == "calibrate" else "nothing was written"
+        print(f"paro {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps(result, indent=1, default=str))
-    return 0
+    return 1 if result.get("problems") else 0
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -56,10 +58,12 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
     from ..files import check_writable
-    from ..integration.calibrate import collect, discard, needed_by, own_precision, unfinished
+    from ..integration.calibrate import collect, needed_by, own_precision
+    from ..integration.collecting import explained
+    from ..integration.journal import discard, unfinished
     from ..plan.plan import FOLDER
 
-    prompts = _prompts(args.prompts)
+    prompts, call = _prompts(args), _call(args)
     settings = _plan_settings(args)
     capture = needed_by(settings, block=_block(args.block), row_stride=args.row_stride)
     check_writable(args.out, FOLDER)
@@ -72,9 +76,10 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         report = partial(stage, f"calibrating on {len(prompts)} prompts")
         measured = collect(
             pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
-            progress=report, **_call(args),
+            progress=report, **call,
         )  # fmt: skip
-    result = _write_plan(measured, settings, args.out)
+    with explained(journal):
+        result = _write_plan(measured, settings, args.out)
     discard(journal)
     return result
 
@@ -114,17 +119,24 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
     from ..plan.plan import Plan
 
     plan = Plan.from_pretrained(args.plan)
+    if not all(0 <= args.phase < len(part.phases) for part in plan.values()):
+        raise ValueError(f"--phase must be below {min(len(part.phases) for part in plan.values())}; got {args.phase}")
     for name, part in plan.items():
         console().print(plan_table(name, part))
+    following = f"paro generate MODEL --plan {args.plan} --prompt PROMPT --out out.mp4"
+    if args.png:
+        from ..evaluation.report import write_plan_picture
+
+        end(write_plan_picture(plan, args.png, phase=args.phase), following)
     if args.html:
         from ..evaluation.report import write_plan
 
-        end(write_plan(plan, args.html, title=f"Attention plan {args.plan}"), f"paro generate MODEL --plan {args.plan}")
+        end(write_plan(plan, args.html, title=f"Attention plan {args.plan}", phase=args.phase), following)
     return _describe(plan)
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate one clip with a plan, or dense without one."""
+    """Generate one clip or image with a plan, or dense without one."""
     import time
 
     from ..evaluation.video import check_clip_path, write_clip
@@ -135,13 +147,14 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     check_clip_path(args.out)
     if args.dense and (args.plan or args.precision or args.allow_dense):
         raise ValueError("--dense runs without a plan; leave out --plan, --precision and --allow-dense")
+    prompt, call = _prompt(args), _call(args)
     plan = Plan.from_pretrained(_plan_of(args)) if not args.dense else None
     pipe = _pipeline(args)
     if plan is not None:
         apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
     began = time.perf_counter()
     with steps(args.steps) as step:
-        frames = generate_clip(pipe, args.prompt, args.seed, steps=args.steps, on_step=step, **_call(args))
+        frames = generate_clip(pipe, prompt, args.seed, steps=args.steps, on_step=step, **call)
     seconds = time.perf_counter() - began
     executed = report(pipe) if plan is not None else None
     if executed is not None:
@@ -161,7 +174,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from ..integration.generate import generate_clip
     from ..plan.plan import Plan
 
-    prompts = _prompts(args.prompts)
+    prompts, call = _prompts(args), _call(args)
     check_writable(args.out, REPORT_FOLDER)
     plan = Plan.from_pretrained(_plan_of(args))
     pipe = _pipeline(args)
@@ -169,7 +182,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with writing_folder(args.out, REPORT_FOLDER) as folder, steps(args.steps and 2 * len(prompts) * args.steps) as step:
 
         def generate(prompt: str, seed: int) -> Any:
-            return generate_clip(pipe, prompt, seed, steps=args.steps, on_step=step, **_call(args))
+            return generate_clip(pipe, prompt, seed, steps=args.steps, on_step=step, **call)
 
         pairs = list(evaluate(generate, prompts, (args.seed,), dense=partial(dense, pipe)))
         executed, summary = report(pipe), summarise_metrics([pair.fidelity for pair in pairs])
@@ -179,7 +192,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
             "summary": {name: each.to_dict() for name, each in summary.items()},
             "clips": [pair.record() for pair in pairs],
             "executed": executed.to_dict(),
-            "environment": environment(pipe.device),
+            "environment": environment(_device_of(pipe)),
         }
         (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
         data = ReportData(
@@ -188,7 +201,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
             plan=plan,
             execution={"layers": executed.rows()},
             command=args.words,
-            versions=environment(pipe.device),
+            versions=environment(_device_of(pipe)),
+            fps=args.fps,
         )
         write_report(data, folder / "report.html")
     seconds = {"dense": sum(p.dense_seconds for p in pairs), "sparse": sum(p.sparse_seconds for p in pairs)}
@@ -202,25 +216,21 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _pipeline(args: argparse.Namespace) -> Any:
     """The bundled pipeline for "demo", or a diffusers pipeline by folder or hub id."""
-    import torch
+    from ..integration.pipelines import default_device, dtype_of, load_pipeline, place, read_arguments
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     if args.model == "demo":
         from ..demo.pipeline import load_demo
 
-        return load_demo(device)
-    from diffusers import DiffusionPipeline
+        return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
+    settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype, "pipeline": args.pipeline}
+    load = dict.fromkeys(args.without) | read_arguments(args.load)
+    return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
 
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    try:
-        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{args.model!r} is neither demo, nor a diffusers model folder or hub id that loads here: {error}. "
-            'Most pipelines need `pip install "paroattn[models]"`.'
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+def _device_of(pipe: Any) -> Any:
+    """Where the pipeline computes, which is not where its weights wait if they are offloaded."""
+    return getattr(pipe, "_execution_device", pipe.device)
 
 
 def _plan_of(args: argparse.Namespace) -> Path:
@@ -234,12 +244,24 @@ def _plan_of(args: argparse.Namespace) -> Path:
     raise ValueError("--plan is needed, or --dense for dense attention. Make one with paro calibrate.")
 
 
-def _prompts(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts asked for: those of the file, those given as words, and those given as embeddings."""
+    from ..integration.pipelines import read_embeddings, read_prompts
+
+    prompts = [*(read_prompts(args.prompts) if args.prompts else []), *args.prompt]
+    prompts += map(read_embeddings, args.prompt_embeds)
     if not prompts:
-        raise ValueError(f"{path} must hold at least one prompt, one a line; got none")
+        raise ValueError("at least one prompt is needed; give --prompts FILE, --prompt TEXT or --prompt-embeds FILE")
     return prompts
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    from ..integration.pipelines import read_embeddings
+
+    given = [*([args.prompt] if args.prompt else []), *map(read_embeddings, args.prompt_embeds)]
+    if len(given) != 1:
+        raise ValueError(f"one prompt is needed, as --prompt TEXT or --prompt-embeds FILE; got {len(given)}")
+    return given[0]
 
 
 def _plan_settings(args: argparse.Namespace) -> Any:
@@ -263,7 +285,13 @@ def _block(text: str) -> tuple[int, int]:
 
 
 def _call(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in CALL_ARGUMENTS if (value := getattr(args, name)) is not None}
+    """Arguments of the pipeline's call; pictures are read here, before any work."""
+    from ..integration.pipelines import read_arguments, read_file
+
+    call = {name: value for name in CALL_ARGUMENTS if (value := getattr(args, name)) is not None}
+    pictures = [read_file(path) for path in args.image]
+    call |= {"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {}
+    return call | read_arguments(args.set)
 
 
 def _describe(plan: Any) -> dict[str, Any]:
@@ -294,4 +322,5 @@ COMMANDS = {
     "show": _show,
     "generate": _generate,
     "evaluate": _evaluate,
+    "doctor": examine,
 }

@@ -52,15 +52,45 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help='"demo" for the bundled model, or a diffusers model folder or hub id')
+    sub.add_argument(
+        "--pipeline", help="class in diffusers, such as WanVideoToVideoPipeline (default: the model's own)"
+    )
     sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
+    sub.add_argument("--dtype", help="bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)")
+    sub.add_argument("--vae-dtype", help="of the VAE alone (default: as --dtype)")
+    sub.add_argument("--vae-tiling", action="store_true", help="decode in tiles, which takes less memory")
+    sub.add_argument(
+        "--offload", default="none", help="none, model or group: what waits on the CPU (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--without", nargs="+", default=[], metavar="COMPONENT",
+        help="do not load these, such as text_encoder tokenizer where prompts are embeddings",
+    )  # fmt: skip
+    sub.add_argument(
+        "--load", action="append", default=[], metavar="NAME=VALUE",
+        help="more for from_pretrained, such as variant=fp16 or revision=main",
+    )  # fmt: skip
     sub.add_argument(
         "--seed", type=int, default=0, help="seed of the clips; calibration counts up from it (default: %(default)s)"
     )
     sub.add_argument("--precision", help="such as int8, bf16 or int8/fp8 (default: the plan's, or the model's dtype)")
 
 
+def _prompts_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompts", type=Path, help="text file, one prompt a line, or .jsonl with arguments of their own")
+    sub.add_argument("--prompt", action="append", default=[], help="one more prompt; may be repeated")
+    _embeddings_argument(sub)
+
+
+def _embeddings_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--prompt-embeds", type=Path, action="append", default=[], metavar="FILE",
+        help="a prompt as .safetensors with prompt_embeds and others by name; may be repeated",
+    )  # fmt: skip
+
+
 def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line; one or two suffice")
+    _prompts_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument(
         "--steps", type=_count, default=10, help="steps of the calibration schedule (default: %(default)s)"
@@ -90,7 +120,9 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _show_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("plan", help="plan folder or hub id")
-    sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this file")
+    sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this page")
+    sub.add_argument("--png", type=Path, help="also draw the mask of every head, with its order and density, into one")
+    sub.add_argument("--phase", type=int, default=0, help="whose masks are drawn (default: %(default)s)")
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -101,23 +133,46 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _generate_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--prompt", required=True, help="what to show")
-    sub.add_argument("--out", type=Path, required=True, help=".mp4, .gif, .webp or .png")
+def _fps_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--fps", type=_positive, default=8.0, help="frames per second of the file (default: %(default)s)")
+
+
+def _generate_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompt", help="what to show")
+    _embeddings_argument(sub)
+    sub.add_argument("--out", type=Path, required=True, help=".mp4, .gif, .webp or .png; .png for images")
+    _fps_argument(sub)
     sub.add_argument("--dense", action="store_true", help="dense attention, no plan")
 
 
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line")
+    _prompts_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    _fps_argument(sub)
 
 
 def _call_arguments(sub: argparse.ArgumentParser) -> None:
-    for name in ("height", "width", "num-frames"):
-        sub.add_argument(f"--{name}", type=_count, help="of the video (default: the pipeline's own)")
+    for name in ("height", "width"):
+        sub.add_argument(f"--{name}", type=_count, help="in pixels (default: the pipeline's own)")
+    sub.add_argument("--num-frames", "--frames", type=_count, help="frames of a video (default: the pipeline's own)")
     sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
     sub.add_argument("--negative-prompt", help="for classifier-free guidance")
+    sub.add_argument(
+        "--image", type=Path, action="append", default=[], help="picture to start from; repeated, a list of them"
+    )
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="any other argument of the pipeline's call; @FILE reads a picture or .json",
+    )  # fmt: skip
+
+
+def _doctor_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
+    sub.add_argument("--no-kernels", action="store_true", help="look at the machine only, compile and time nothing")
+    sub.add_argument("--model", help="predict the speed-up of a model, such as wan-14b; --model list names them all")
+    sub.add_argument("--size", help="such as 720p, or FRAMESxHEIGHTxWIDTH in pixels (default: the model's first)")
+    sub.add_argument("--density", type=float, default=0.25, help="kept share of blocks (default: %(default)s)")
+    sub.add_argument("--block", default="64x64", help="query x key tokens of a block (default: %(default)s)")
 
 
 _ARGUMENTS = {
@@ -127,4 +182,5 @@ _ARGUMENTS = {
     "show": (_show_arguments,),
     "generate": (_model_arguments, _run_arguments, _generate_arguments, _call_arguments),
     "evaluate": (_model_arguments, _run_arguments, _evaluate_arguments, _call_arguments),
+    "doctor": (_doctor_arguments,),
 }

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..plan.plan import TransformerPlan
 from .fidelity import Comparison, Summary, summarise, summarise_metrics
 from .markup import Markup, details, join, section, table, tag, terms, write_page
 from .pictures import RAMP, colour_of, map_picture, mask_picture, png
-from .video import DEFAULT_FPS, SpriteSheet, check_file, data_uri, difference, sprite_sheet
+from .video import DEFAULT_FPS, SpriteSheet, check_file, data_uri, difference, replacing, sprite_sheet
 
 DIFFERENCE_GAIN = 4
 SHOWN_CLIPS = 6
@@ -112,20 +113,47 @@ def write_report(report: ReportData, path: str | os.PathLike) -> Path:
     return write_page(path, report.title, [draw(report) for draw in _REPORT])
 
 
-def write_plan(plan: Mapping[str, TransformerPlan], path: str | os.PathLike, *, title: str = "Attention plan") -> Path:
+def write_plan(
+    plan: Mapping[str, TransformerPlan], path: str | os.PathLike, *, title: str = "Attention plan", phase: int = 0
+) -> Path:
     """Write a plan as one HTML file: orders, densities and the mask of every head.
 
     Args:
         plan: Plans by component, such as a `Plan`.
         path: Where to.
         title: Heading.
+        phase: Whose masks are drawn.
 
     Raises:
         IsADirectoryError, PermissionError: If the file cannot be written; before anything is drawn.
     """
     path = check_file(path)
     header = tag("header", tag("h1", title), *(tag("p", _described(part)) for part in plan.values()))
-    return write_page(path, title, [header, _of_each(plan, (_orders, _densities, _masks))])
+    return write_page(path, title, [header, _of_each(plan, (_orders, _densities, partial(_masks, phase=phase)))])
+
+
+def write_plan_picture(plan: Mapping[str, TransformerPlan], path: str | os.PathLike, *, phase: int = 0) -> Path:
+    """Write the picture of `draw_plan` as a .png file, all components below each other.
+
+    Args:
+        plan: Plans by component, such as a `Plan`.
+        path: Where to.
+        phase: Whose masks are drawn.
+
+    Raises:
+        ValueError: If the file is no .png.
+        IsADirectoryError, PermissionError: If the file cannot be written; before anything is drawn.
+    """
+    path = check_file(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"a picture of a plan is written as .png; got {path.name!r}")
+    parts = [draw_plan(part, phase=phase) for part in plan.values()]
+    canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    for index, part in enumerate(parts):
+        canvas.paste(part, (0, sum(above.height for above in parts[:index])))
+    with replacing(path) as target:
+        canvas.save(target)
+    return path
 
 
 def draw_plan(plan: TransformerPlan, *, phase: int = 0) -> Image.Image:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..grid import Layout
 from ..kernels.library import IMPLEMENTATIONS
-from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan
+from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan, own_config
 from ..precision import Precision
 from .backend import Call, Observer
 from .hook import PlanHook, hook_of
@@ -46,7 +48,7 @@ def apply(
     for name, part in plans.items():
         _check_free(transformers[name])
         sizes = {layer: head_size(attn) for layer, attn in self_attentions(transformers[name]).items()}
-        part.check_fits(type(transformers[name]).__name__, sizes)
+        part.check_fits(type(transformers[name]).__name__, sizes, own_config(transformers[name]))
     hooks = {name: PlanHook(transformers[name], pipeline, part, **settings) for name, part in plans.items()}
     for name, hook in hooks.items():
         hook.install(transformers[name])
@@ -87,14 +89,15 @@ def recording(target: Any, observer: Callable[..., None], *, transformer: nn.Mod
         target: A diffusers pipeline or one transformer, without a plan.
         observer: Called as observer(layer, attn, q, k, v, noise_level, branch, grid, text, transformer) before each
             attention: module path and module, q, k, v (B, N, H, D) after RoPE, noise level or None, name of the
-            guidance branch or None, sequence, and the model it belongs to.
+            guidance branch or None, sequence, and the model it belongs to. Padded text is cut off; batch elements with
+            different numbers of real tokens are shown one after another.
         transformer: Watch only this one of the pipeline's.
 
     Raises:
         ValueError: If the model is unknown, split over devices, or carries a plan already.
     """
     found, pipeline = _transformers(target)
-    watched = [each for each in found.values() if transformer is None or _unwrapped(transformer) is each]
+    watched = [each for each in found.values() if transformer is None or unwrapped(transformer) is each]
     if not watched:
         raise ValueError(f"the transformer to watch must be the pipeline's {' or '.join(found)}; got another one")
     for each in watched:
@@ -136,10 +139,8 @@ def report(target: Any) -> Report:
 
 
 def _observing(transformer: nn.Module, observer: Callable[..., None]) -> Observer:
-    def observe(layer: str, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-        assert call.layout is not None
-        grid, text = call.layout.grid, call.layout.text
-        observer(layer, attn, q, k, v, call.noise_level, call.branch, grid, text, transformer)
+    def observe(layer: str, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, call: Call) -> None:
+        observer(layer, attn, q, k, v, call.noise_level, call.branch, layout.grid, layout.text, transformer)
 
     return observe
 
@@ -148,19 +149,21 @@ def _transformers(target: Any) -> tuple[dict[str, nn.Module], Any]:
     """Transformers by component name, and the pipeline they came in."""
     pipeline = None if isinstance(target, nn.Module) else target
     found = {name: getattr(target, name, None) for name in COMPONENTS} if pipeline else {COMPONENTS[0]: target}
-    found = {name: _unwrapped(each) for name, each in found.items() if isinstance(each, nn.Module)}
+    found = {name: unwrapped(each) for name, each in found.items() if isinstance(each, nn.Module)}
     if not found:
         raise TypeError(f"a pipeline with a transformer, or a transformer, is needed; got {type(target).__name__}")
     return found, pipeline
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module that torch.compile has wrapped."""
     return getattr(module, "_orig_mod", module)
 
 
 def _plans(transformers: dict[str, nn.Module], pipeline: Any, plan: Any, strict: bool) -> dict[str, TransformerPlan]:
     if isinstance(plan, TransformerPlan) and len(transformers) == 1:
+        for transformer in transformers.values():
+            _check_expert(transformer, plan)
         return dict.fromkeys(transformers, plan)
     if not isinstance(plan, Plan) or pipeline is None:
         takes = "a Plan" if pipeline is not None else 'a TransformerPlan, such as plan["transformer"],'
@@ -175,13 +178,26 @@ def _plans(transformers: dict[str, nn.Module], pipeline: Any, plan: Any, strict:
     return fitting
 
 
+def _check_expert(transformer: nn.Module, plan: TransformerPlan) -> None:
+    """Two experts have one configuration; a pipeline that loads them leaves their names in the path."""
+    loaded_as = Path(getattr(getattr(transformer, "config", None), "_name_or_path", None) or "").name
+    if loaded_as in COMPONENTS and plan.component is not None and plan.component != loaded_as:
+        raise PlanError(
+            f"the plan was made for {plan.component}; this model was loaded as {loaded_as}. Give each transformer its "
+            "own part of the plan, or apply to the pipeline."
+        )
+
+
 def _check_free(transformer: nn.Module) -> None:
     hook = hook_of(transformer)
     if hook is not None:
         state = "is being recorded" if hook.plan is None else "has a plan applied"
         raise ValueError(f"the transformer must carry no plan; this one {state}. Call paroattn.remove first.")
     if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError("the transformer must be whole on one device; this one is split by enable_parallelism")
+        raise ValueError(
+            "the transformer must be whole on one device; this one is split by enable_parallelism. Load it without, "
+            "and run other prompts on the other devices."
+        )
 
 
 def _applied(target: Any, recording: bool = False) -> dict[str, tuple[nn.Module, PlanHook]]:

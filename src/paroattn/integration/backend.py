@@ -6,7 +6,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ..block_mask import BlockMask
-from ..grid import Layout
+from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
 from ..plan.plan import LayerPlan
 from ..precision import Precision
@@ -39,7 +39,8 @@ class Call:
         branch: Name of the cache context, such as "cond" or "uncond".
         phase: The plan's phase; None for a dense call.
         dense: Why the call runs dense.
-        observer: Called as observer(layer name, attention module, q, k, v, call) before each attention.
+        observer: Called as observer(layer name, attention module, q, k, v, layout, call) before each attention, without
+            the padding of its text: batch elements with different numbers of real tokens come one after another.
     """
 
     layout: Layout | None
@@ -86,14 +87,27 @@ class Layer:
     read from `operands`.
 
     Attributes:
+        video_only: It sees the video without the text.
+        padding_last: Padded text always stands behind the real tokens.
         operands: For the running call.
         ran: What ran the layer, by phase, such as "triton".
         sparse_calls: By phase and number of text tokens.
         dense_calls: By reason. Neither counts calls inside torch.compile.
     """
 
-    def __init__(self, name: str, attn: Any, owner: Owner, plan: LayerPlan | None = None, orders: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        attn: Any,
+        owner: Owner,
+        plan: LayerPlan | None = None,
+        orders: tuple[str, ...] = (),
+        *,
+        video_only: bool = False,
+        padding_last: bool = False,
+    ):
         self.name, self.attn, self.owner, self.plan = name, attn, owner, plan
+        self.video_only, self.padding_last = video_only, padding_last
         self.original, self.processor = attn.processor, None
         self.order = torch.tensor([orders.index(order) for order in plan.orders], dtype=torch.int32) if plan else None
         self.sparse_calls: Counter[tuple[int, int]] = Counter()
@@ -102,9 +116,14 @@ class Layer:
         self.ran: dict[int, str] = {}
         self._known: dict[Any, Operands] = {}
 
+    def sees(self, layout: Layout) -> Layout:
+        """The part of a call's sequence that reaches this layer."""
+        return Layout(layout.grid) if self.video_only else layout
+
     def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
         """Set `operands` to those of a phase on a device; they are made once and kept."""
         assert self.plan is not None and self.order is not None
+        layout = self.sees(layout)
         key = (phase, layout.text, device)
         if key not in self._known:
             if len(self._known) >= LAYOUTS_KEPT * len(self.plan.precision):
@@ -148,23 +167,29 @@ def attend(
     if not isinstance(layer, Layer):
         return dense(backend=NATIVE, parallel_config=layer)
     call, counting = layer.owner.call, not torch.compiler.is_compiling()
-    reason = _why_dense(layer, query, key, attn_mask, plain=not (is_causal or dropout_p or enable_gqa))
-    if call is not None and call.observer is not None:
-        call.observer(layer.name, layer.attn, query, key, value, call)
+    layout = None if call is None or call.layout is None else layer.sees(call.layout)
+    if _is_beside(layout, query, key):
+        return dense(backend=_dense_backend(layer))
+    reason = _why_dense(layer, layout, query, key, attn_mask, plain=not (is_causal or dropout_p or enable_gqa))
+    if call is not None and call.observer is not None and layout is not None:
+        for part, *tensors in _without_padding(layout, attn_mask, query, key, value):
+            call.observer(layer.name, layer.attn, *tensors, part, call)
     if reason is not None:
         if counting:
             layer.dense_calls[reason] += 1
         return dense(backend=_dense_backend(layer))
-    assert call is not None and call.layout is not None  # no look at the phase: compiled code would be made for it
+    assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
+    if attn_mask is not None and not layer.padding_last:
+        key, value = _real_text_first(layout, attn_mask, key, value)
     operands = layer.operands_on(query.device)
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,
-        text_tokens=call.layout.text.tokens, valid_text=_valid_text(attn_mask, call.layout),
+        text_tokens=layout.text.tokens, valid_text=_valid_text(layout, attn_mask),
         precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl,
     )  # fmt: skip
     if counting:
         assert call.phase is not None
-        layer.sparse_calls[call.phase, call.layout.text.tokens] += 1
+        layer.sparse_calls[call.phase, layout.text.tokens] += 1
         if call.phase not in layer.ran:
             layer.ran[call.phase] = what_runs(
                 query, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
@@ -197,21 +222,30 @@ def paro_backend() -> Any:
 
 
 def _dense_backend(layer: Layer) -> Any:
-    """The backend that the layer would run without a plan: its own, else the active one."""
-    chosen = getattr(layer.original, "_attention_backend", None)
+    """The backend that the layer would run without a plan: its own, else the active one if it looks at that."""
+    chosen = getattr(layer.original, "_attention_backend", NATIVE)
     if chosen is None:
         chosen, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
     return NATIVE if chosen == NAME else chosen
 
 
-def _why_dense(layer: Layer, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool) -> str | None:
+def _is_beside(layout: Layout | None, query: Tensor, key: Tensor) -> bool:
+    """Whether a joint layer's processor looks from the video alone at something else, such as an IP-adapter's image."""
+    if layout is None or layout.text.tokens == 0:
+        return False
+    return query.shape[1] == layout.grid.tokens and key.shape[1] != query.shape[1]
+
+
+def _why_dense(
+    layer: Layer, layout: Layout | None, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool
+) -> str | None:
     call = layer.owner.call
     if call is None:
         obstacle = "a layer was called outside its transformer"
-    elif call.layout is None or (call.dense is not None and call.observer is None):
+    elif layout is None or (call.dense is not None and call.observer is None):
         return call.dense
     else:
-        obstacle = _obstacle(call.layout, query, key, attn_mask, plain)
+        obstacle = _obstacle(layout, query, key, attn_mask, plain)
         if obstacle is None:
             return call.dense
     return layer.owner.fall_back(obstacle, f"{layer.name} cannot follow a plan then; strict=False runs it dense.")
@@ -228,9 +262,35 @@ def _obstacle(layout: Layout, query: Tensor, key: Tensor, attn_mask: Tensor | No
     return None
 
 
-def _valid_text(attn_mask: Tensor | None, layout: Layout) -> Tensor | None:
-    """Number of real text tokens (B,), from a mask over keys; models put padding behind the real ones."""
-    if attn_mask is None:
-        return None
+def _text_mask(layout: Layout, attn_mask: Tensor) -> Tensor:
+    """The text's part of a mask over keys, (B, text tokens)."""
     ahead = 0 if layout.text.side == "prefix" else layout.grid.tokens
-    return attn_mask.flatten(1)[:, ahead : ahead + layout.text.tokens].sum(1, dtype=torch.int32)
+    return attn_mask.flatten(1)[:, ahead : ahead + layout.text.tokens]
+
+
+def _valid_text(layout: Layout, attn_mask: Tensor | None) -> Tensor | None:
+    """Number of real text tokens (B,), from a mask over keys."""
+    return None if attn_mask is None else _text_mask(layout, attn_mask).sum(1, dtype=torch.int32)
+
+
+def _real_text_first(layout: Layout, attn_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Keys or values (B, N, H, D) with the real text tokens before the padded ones."""
+    sizes = (layout.text.tokens, layout.grid.tokens)
+    at, sizes = (0, sizes) if layout.text.side == "prefix" else (1, sizes[::-1])
+    index = _text_mask(layout, attn_mask).logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
+    sorted_ = []
+    for x in tensors:
+        parts = list(x.split(sizes, dim=1))
+        parts[at] = parts[at].gather(1, index.expand_as(parts[at]))
+        sorted_.append(torch.cat(parts, dim=1))
+    return sorted_
+
+
+def _without_padding(layout: Layout, attn_mask: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The sequence and q, k, v with real tokens only: all elements at once, or one by one if some are padded."""
+    if attn_mask is None or bool(attn_mask.all()):
+        yield layout, *tensors
+        return
+    for element, real in enumerate(attn_mask.flatten(1)):
+        text = TextSpan(int(real.sum()) - layout.grid.tokens, layout.text.side)
+        yield Layout(layout.grid, text), *(x[element : element + 1, real] for x in tensors)

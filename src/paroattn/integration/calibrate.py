@@ -1,9 +1,6 @@
 """Makes a plan from a few prompts: runs the pipeline dense, feeds the capture, and plans."""
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -16,11 +13,12 @@ from torch import nn
 from ..capture import CaptureSettings, Statistics
 from ..files import check_writable, writing_folder
 from ..kernels.attention import OWN_PRECISION
-from ..plan.plan import COMPONENTS, Plan
+from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
 from ..plan.search import PlanSettings, make_plan
-from .apply import recording
-from .collecting import Collector, Economy, Journal, StartOver, check_prompts, explained
+from .apply import recording, unwrapped
+from .collecting import Collector, Economy, StartOver, check_prompts, explained
 from .generate import run
+from .journal import Journal, described, discard, unfinished
 
 STEPS = 10
 
@@ -97,26 +95,13 @@ def calibrate(
         pipe, prompts, steps=steps, capture=capture, settings=settings, exact=exact, economy=economy, journal=journal,
         seed=seed, impl=impl, progress=progress, **call,
     )  # fmt: skip
-    plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
-    if statistics is not None:
-        save_statistics(measured, statistics)
+    with explained(journal):
+        plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
+        if statistics is not None:
+            save_statistics(measured, statistics)
     if journal is not None:
         discard(journal)
     return plan
-
-
-def unfinished(folder: str | os.PathLike) -> Path:
-    """Where a calibration keeps what it has measured until it can write `folder`."""
-    final = Path(folder).absolute()
-    return final.with_name(f"{final.name}.unfinished")
-
-
-def discard(journal: Path) -> None:
-    """Remove the journal of a calibration whose results are written, all of it or nothing by its name."""
-    finished = journal.with_suffix(".finished")
-    shutil.rmtree(finished, ignore_errors=True)
-    journal.rename(finished)
-    shutil.rmtree(finished, ignore_errors=True)
 
 
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
@@ -186,17 +171,19 @@ def collect(
     exact = True if capture.block_stride > 1 else exact
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
     orders = {name: getattr(settings, name) for name in ("density", "order_score", "mask_score", "orders")}
-    asked = made | {
-        "models": {name: _described(each) for name, each in transformers.items()},
+    asked = {
+        "prompts": prompts, "steps": steps, "seed": seed, "call": call,
+        "models": {name: _told_apart(each) for name, each in transformers.items()},
         "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
     }  # fmt: skip
+    made["model"] = _name_on_hub(pipe)
     folder = None if journal is None else Path(journal)
     with ExitStack() as stack:
         stack.enter_context(explained(folder))
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
+        kept = Journal(folder, described(asked), exact)
         collector = Collector(
-            transformers, len(prompts), steps, capture, settings, economy, Journal(folder, asked, exact), made, impl,
-            report,
+            transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report
         )  # fmt: skip
         for name, transformer in transformers.items():
             observer = partial(collector.observe, name)
@@ -213,13 +200,13 @@ def collect(
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers by component name.
+    """The pipeline's transformers by component name, without what torch.compile has wrapped around them.
 
     Raises:
         ValueError: If it has none.
     """
     found = {name: getattr(pipe, name, None) for name in COMPONENTS}
-    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
         raise ValueError(f"a pipeline with a {' or '.join(COMPONENTS)} is needed; got {type(pipe).__name__}")
     return modules
@@ -249,17 +236,23 @@ def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _described(transformer: Any) -> str:
+def _told_apart(transformer: Any) -> dict[str, Any]:
     """What tells one model from another without reading its weights."""
-    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, default=str, sort_keys=True).encode()).hexdigest()
-    return f"{type(transformer).__name__} {getattr(transformer.config, '_name_or_path', '')} {digest[:16]}"
+    loaded = getattr(getattr(transformer, "config", None), "_name_or_path", None)
+    kind, dtype = type(transformer).__name__, str(transformer.dtype)
+    return {"class": kind, "dtype": dtype, "loaded": loaded, "config": own_config(transformer)}
 
 
 def _free(pipe: Any) -> None:
     """Offload what the run that was broken off has loaded."""
     if hasattr(pipe, "maybe_free_model_hooks"):
         pipe.maybe_free_model_hooks()
+
+
+def _name_on_hub(pipe: Any) -> str | None:
+    """Id of the repository that the pipeline was loaded from; a folder of this machine is nobody else's business."""
+    name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _is_plain(value: Any) -> bool:

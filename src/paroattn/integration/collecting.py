@@ -1,4 +1,4 @@
-"""Which attention maps a calibration measures, and where it goes on after an interruption.
+"""Which attention maps a calibration measures.
 
 Small models: everything, in every candidate order. Large ones in two stages. *Orders*: a short run of the first prompt,
 a sample of query blocks in every candidate order, one map for each layer and step. *Masks*: a run of every prompt, all
@@ -6,7 +6,7 @@ query blocks, each head in its own order alone, a few maps for each layer and st
 guidance branches: map b of prompt p, at step s in layer l, is measured if p + b + s + l is a multiple of so many.
 """
 
-import json
+import errno
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from ..block_mask import blocks_of
 from ..capture import BlockStats, CaptureSettings, Statistics
-from ..capture.maps import SCRATCH, write_whole
 from ..capture.statistics import DESCRIPTION, SAME_LEVEL
-from ..files import read_json
 from ..grid import Grid, Layout, TextSpan
 from ..kernels.block_stats import block_stats
+from ..plan.plan import own_config
 from ..plan.search import PlanSettings, choose_orders
+from .journal import Journal
 from .models import self_attentions
+from .projection import output_projection
 
-JOURNAL = "calibration.json"
-JOURNAL_VERSION = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)
 EXACT_BYTES = 2**30
 OPERAND_BYTES = 2 * 2**30
 COPIES = 7  # of a 16-bit operand: projected values, and q, k and v of two candidate orders
@@ -72,55 +72,6 @@ class StartOver(Exception):
     """The first call has shown that the model is too large to measure everything."""
 
 
-class Journal:
-    """What a calibration has decided and finished: in memory, or in a folder from where the next one goes on.
-
-    Attributes:
-        exact: Whether everything is measured; None until the first call has shown how much that is.
-        done: Names of the finished runs.
-        branches: Maps of a layer and step, by component.
-        chosen: Order of each head, by component and layer.
-
-    Raises:
-        ValueError: If the folder holds a calibration of something else.
-    """
-
-    def __init__(self, folder: Path | None, asked: Mapping[str, Any], exact: bool | None):
-        self.folder, self.asked = folder, json.loads(json.dumps(asked, default=str))
-        self.exact = exact
-        self.done: list[str] = []
-        self.branches: dict[str, int] = {}
-        self.chosen: dict[str, dict[str, list[str]]] = {}
-        if folder is not None and (folder / JOURNAL).is_file():
-            self._resume(read_json(folder / JOURNAL))
-        elif folder is not None:
-            half_written = JOURNAL + SCRATCH
-            if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {half_written}):
-                raise FileExistsError(f"{folder} must be a new folder or an unfinished calibration; it is neither")
-
-    def write(self) -> None:
-        """Keep what was decided and finished."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            kept = {name: getattr(self, name) for name in ("asked", "exact", "done", "branches", "chosen")}
-            blob = json.dumps({"version": JOURNAL_VERSION} | kept, indent=1).encode()
-            write_whole(self.folder / JOURNAL, blob)
-
-    def _resume(self, found: dict[str, Any]) -> None:
-        remedy = f"Finish it with the same settings, or remove {self.folder}"
-        if found.get("version") != JOURNAL_VERSION:
-            raise ValueError(f"{self.folder} holds a calibration of another paroattn. Remove it to start again")
-        differing = [name for name in self.asked if self.asked[name] != found["asked"].get(name)]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{self.folder} holds an unfinished calibration with another {name}: {found['asked'].get(name)}; "
-                f"got {self.asked[name]}. {remedy}"
-            )
-        self.exact, self.done = found["exact"], found["done"]
-        self.branches, self.chosen = found["branches"], found["chosen"]
-
-
 class Collector:
     """Turns recorded calls into statistics of each transformer.
 
@@ -152,6 +103,7 @@ class Collector:
     ):
         self.prompts, self.steps, self.capture, self.settings = prompts, steps, capture, settings
         self.economy, self.journal, self.made, self.progress = economy, journal, dict(made), progress
+        self.transformers = transformers
         self.names = {name: list(self_attentions(each)) for name, each in transformers.items()}
         self.measure = partial(by_heads, partial(block_stats, impl=impl))
         self.run = Run("masks", 0, steps)
@@ -187,9 +139,11 @@ class Collector:
         for component in self.names:
             if component not in self._statistics and folder and (folder / component / DESCRIPTION).is_file():
                 self._statistics[component] = Statistics.load(folder / component)
-        for each in self._statistics.values():
+        for component, each in self._statistics.items():
             how = {"exact": True} if self.journal.exact else {"exact": False, "economy": asdict(self.economy)}
-            each.made = self.made | how | {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
+            measured = {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
+            own = {"component": component, "config": own_config(self.transformers[component])}
+            each.made = self.made | how | measured | own
             each.note()
         return {component: self._statistics[component] for component in self.names if component in self._statistics}
 
@@ -200,7 +154,7 @@ class Collector:
         """Measure a call, or those of its maps that are to be measured and were not yet.
 
         Raises:
-            ValueError: If the grid or the noise level is not known.
+            ValueError: If the grid or the noise level is not known, or the grid is not that of the calls before.
             StartOver: If this was the first call, and everything is too much.
         """
         if grid is None or noise_level is None:
@@ -208,7 +162,13 @@ class Collector:
                 f"calibration must know the grid and the noise level of every call; got {grid} and {noise_level}. "
                 "Calibrate a pipeline with a scheduler, at a resolution its ModelSpec understands."
             )
-        statistics = self._statistics_of(component, transformer, Layout(grid, text), q)
+        layout = Layout(grid, text)
+        statistics = self._statistics_of(component, transformer, layout, q)
+        if grid != statistics.layout.grid:
+            raise ValueError(
+                f"all calls of a calibration must have one grid; got {statistics.layout.grid} and {grid}. "
+                "Calibrate each size by itself."
+            )
         level = round(noise_level, SAME_LEVEL)
         steps = self._levels.setdefault(component, [])
         if level not in steps:
@@ -220,8 +180,8 @@ class Collector:
         if units and not set(units) <= set(statistics.units(layer, level)):
             if len(units) < len(q):
                 q, k, v = (x[[b - seen for b in wanted]] for x in (q, k, v))
-            w_o = output_projection(attention, q.shape[2], q.device)
-            statistics.add(layer, q, k, v, w_o, noise_level, self.measure, units)
+            w_o = output_projection(transformer, layer, attention, q.dtype, q.device)
+            statistics.add(layer, q, k, v, w_o, noise_level, self.measure, units, layout)
         self._show(component, layer, level)
 
     def _wanted(self, statistics: Statistics, component: str, layer: str, level: float, b: int) -> bool:
@@ -265,7 +225,8 @@ class Collector:
     def _open(self, component: str, model_class: str, layout: Layout, q: Tensor) -> Statistics:
         """Statistics of the current stage, with what an earlier process has measured of them."""
         names = self.names[component]
-        new = Statistics(model_class, *q.shape[2:], layout, self.capture)
+        heads, head_dim = q.shape[2:]
+        new = Statistics(model_class, heads, head_dim, layout, self.capture)
         if self.journal.exact is None:
             self.journal.exact = new.bytes_needed(len(names), self.steps) <= EXACT_BYTES
             if not self.journal.exact:
@@ -283,8 +244,13 @@ class Collector:
         self.journal.write()
         folder = self._folder(component)
         if folder is not None:
-            if (folder / DESCRIPTION).is_file() and (there := Statistics.load(folder)).layout != layout:
-                raise ValueError(f"{folder} holds statistics of {there.layout}; got {layout}. Remove the folder.")
+            if (folder / DESCRIPTION).is_file():
+                there = Statistics.load(folder).layout
+                if there.grid != layout.grid:
+                    raise ValueError(
+                        f"{folder} holds statistics of {there.grid}; got {layout.grid}. Remove the folder."
+                    )
+                new.layout = there  # that of the first call; the text may differ from call to call
             folder.mkdir(parents=True, exist_ok=True)
             new.keep_in(folder, names, self._scratch)
         new.check_size(len(names), self.run.steps)
@@ -362,34 +328,16 @@ def _split(count: int, parts: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def output_projection(attention: Any, heads: int, device: torch.device | None = None) -> Tensor:
-    """Output projection of each head, (H, D, channels), also of a layer whose weights are elsewhere at the moment.
-
-    Raises:
-        ValueError: If the weights cannot be read.
-    """
-    layer = attention.to_out[0]
-    weight = layer.weight.detach()
-    if weight.is_meta:
-        weight = _offloaded(layer)
-    return weight.to(device or weight.device).mT.unflatten(0, (heads, -1))
-
-
-def _offloaded(layer: nn.Module) -> Tensor:
-    """The weight that accelerate's hook loads when the layer runs."""
-    hook: Any = getattr(layer, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        if getattr(each, "weights_map", None) is not None:
-            return each.weights_map["weight"]
-    raise ValueError("the output projection's weights must be readable; this layer's are on no device")
-
-
 @contextmanager
 def explained(folder: Path | None) -> Iterator[None]:
-    """Say what to do when memory ends.
+    """Say what to do when memory or disk ends.
+
+    Args:
+        folder: Journal in which everything measured so far is kept.
 
     Raises:
-        RuntimeError: Instead of an error of PyTorch or Python.
+        RuntimeError: When memory ends, instead of an error of PyTorch or Python.
+        OSError: When the disk is full.
     """
     kept = f"What was measured is kept in {folder}: run the same again to go on." if folder else ""
     try:
@@ -399,6 +347,10 @@ def explained(folder: Path | None) -> Iterator[None]:
             f"calibration needs more memory than there is ({str(error).splitlines()[0] if str(error) else 'host'}). "
             f"Offload the model (pipe.enable_model_cpu_offload()) or calibrate smaller videos. {kept}".rstrip()
         ) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(error.errno, f"calibration needs more space on the disk ({error}). {kept}".rstrip()) from error
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:

@@ -6,8 +6,10 @@ copy. Only the cache context and the reset come through a diffusers hook, on an 
 """
 
 import inspect
+import threading
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from ..grid import Grid, Layout, TextSpan
 from ..plan.plan import PlanError, TransformerPlan
 from ..precision import Precision
 from .backend import LAYOUTS_KEPT, Call, Layer, Observer
-from .models import self_attentions, spec_of
+from .models import GridUnknown, matches, self_attentions, spec_of
 from .processor import planned_processor
 from .schedule import NoiseSchedule, branch_of
 
@@ -72,13 +74,22 @@ class PlanHook(ModelHook):
         self.grids: Counter[str] = Counter()
         self.replaced: list[str] = []
         self.dense_depth = 0
+        self._thread: int | None = None
         self._signature = inspect.signature(type(transformer).forward)
         self._warned: set[str] = set()
         self._tables: dict[tuple[TextSpan, torch.device], Tensor] = {}
         planned = plan.layers if plan else {}
         self._orders = tuple(sorted({order for layer in planned.values() for order in layer.orders}))
         self.layers = {
-            name: Layer(name, attn, self, planned.get(name), self._orders)
+            name: Layer(
+                name,
+                attn,
+                self,
+                planned.get(name),
+                self._orders,
+                video_only=matches(name, self.spec.video_only),
+                padding_last=self.spec.padding_last,
+            )
             for name, attn in self_attentions(transformer).items()
         }
         for layer in self.layers.values():
@@ -109,21 +120,30 @@ class PlanHook(ModelHook):
     @_eager
     def before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at a call and decide how its layers run."""
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "the transformer must run one call at a time; this one is running in another thread, whose masks it "
+                "would take. Give every thread a pipeline of its own (copy.deepcopy)."
+            )
+        self._thread = threading.get_ident()
         arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments
-        grid, text = self.spec.grid(transformer, arguments), self.spec.text(transformer, arguments)
+        grid, has = self._grid(transformer, arguments)
+        text = self.spec.text(transformer, arguments)
         context = self.context.current
         noise_level = self.schedule.level(context)
         self._notice_replaced()
-        phase, reason = self._decide(grid, text, noise_level)
+        phase, reason = self._decide(grid, has, text, noise_level)
         layout = Layout(grid, text) if grid else None
         self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
         if layout is not None and phase is not None:
             self._follow(phase, layout, next(x.device for x in arguments.values() if isinstance(x, Tensor)))
         self.calls["sparse" if reason is None else reason] += 1
-        self.grids[str(grid)] += 1
+        self.grids[has] += 1
 
+    @_eager
     def after(self, *_: Any) -> None:
-        self.call = None
+        if self._thread == threading.get_ident():  # a call that was refused ends here too
+            self.call = self._thread = None
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.schedule.reset()
@@ -156,18 +176,31 @@ class PlanHook(ModelHook):
             if layer.plan is not None:
                 layer.follow(phase, layout, device)
 
-    def _decide(self, grid: Grid | None, text: TextSpan, noise_level: float | None) -> tuple[int | None, str | None]:
+    def _grid(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Grid | None, str]:
+        """Size of the video in tokens, and in words; or what the call has instead."""
+        try:
+            grid = self.spec.grid(transformer, arguments)
+        except GridUnknown as unknown:
+            return None, str(unknown)
+        return grid, str(grid)
+
+    def _decide(
+        self, grid: Grid | None, has: str, text: TextSpan, noise_level: float | None
+    ) -> tuple[int | None, str | None]:
         """The phase, or the reason why the call runs dense."""
         plan = self.plan
         if self.dense_depth:
             return None, ON_REQUEST
         if plan is None:
             if grid is None:
-                raise PlanError("the call's arguments must tell the grid; got none. Pass latents (B, C, F, H, W).")
+                raise PlanError(
+                    f"the call's arguments must tell the grid; this call has {has}. A plan covers one video or image "
+                    "on one grid: calibrate without reference images or frames."
+                )
             return None, "recording"
         if grid != plan.grid:
             return None, self.fall_back(
-                f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {grid}",
+                f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {has}",
                 "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
             )
         if text.tokens and text.side != plan.text.side:

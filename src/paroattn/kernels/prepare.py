@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from .reference import MEAN_OF_EVERY
+from .tiles import INTERPRETED
 
 LOG2_E = 1.4426950408889634
 BIAS = 0x4B400000
 """These bits plus s, read as float32, are 12582912 + s for every integer |s| < 2²²."""
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fastest of those measured on an H200, for head dimensions 64 and 128
 TOKENS_PER_SUM = 256

@@ -124,6 +124,8 @@ def make_plan(
             for layer, kept in masks
         },
         made={"settings": asdict(settings), "calibration": statistics.made},
+        config=statistics.made.get("config"),
+        component=statistics.made.get("component"),
     )
 
 
