@@ -345,7 +345,7 @@ def test_a_changed_bit_anywhere_in_the_tensors_is_noticed(tmp_path):
 
 
 CHANGES = {
-    "format_version": (2, "format 2; this paroattn reads format 1"),
+    "format_version": (3, "format 3; this paroattn reads formats 1, 2"),
     "grid": ([3, 4, 6], "mask must have"),
     "heads": (4, "mask must have|heads"),
     "block": ("8x20", "beyond the 3 key blocks"),

@@ -101,7 +101,10 @@ class BlockMask:
 
     def head_density(self) -> Tensor:
         """Density of each head, (…, heads) float64."""
-        return self.dense().sum((-2, -1)).double() / (self.query_blocks * self.key_blocks)
+        pairs = self.bits - (self.bits >> 1 & 0x55)
+        fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+        kept = (fours + (fours >> 4)) & 0x0F
+        return kept.sum((-2, -1)).double() / (self.query_blocks * self.key_blocks)
 
     def dense(self) -> Tensor:
         """Unpack to bool of shape (…, heads, query blocks, key blocks)."""
