@@ -159,7 +159,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "statistics_gb": round(size * scale / 1e9, 3), "plan_mb": round(plan_size * scale / 1e6, 1),
         "includes": (
-            "seconds: measuring, writing statistics, planning, beyond seconds_forward; one dense run of the steps timed, "
+            "seconds: measuring, writing statistics, planning, beyond seconds_forward; one dense run timed, "
             "x all steps; all times and sizes x layers / layers_measured"
         ),
     }  # fmt: skip

@@ -1,9 +1,13 @@
 """Calibration in two stages, what it measures of which call, and going on after an interruption."""
 
+import copy
+import errno
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from contextlib import contextmanager
@@ -14,6 +18,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
+from PIL import Image
 from tiny_models import BLOCK, LATENTS, TinyPipeline, tiny_wan, wan_inputs
 
 import calibration
@@ -21,9 +26,10 @@ from paroattn.capture import CaptureSettings, Statistics
 from paroattn.demo.pipeline import load_demo
 from paroattn.demo.prompt import CALIBRATION_PROMPTS
 from paroattn.integration import collecting
-from paroattn.integration.calibrate import calibrate, collect, load_statistics
+from paroattn.integration.calibrate import calibrate, collect, load_statistics, progress_bar
 from paroattn.integration.collecting import Economy, by_heads
-from paroattn.integration.journal import unfinished
+from paroattn.integration.generate import Prompt
+from paroattn.integration.journal import described, discard, unfinished
 from paroattn.integration.projection import output_projection
 from paroattn.kernels.block_stats import block_stats
 from paroattn.plan.plan import Plan
@@ -252,6 +258,21 @@ def killed_after(folder, exact, writes: int) -> None:
     os._exit(0)
 
 
+def renames_of(folder, exact, monkeypatch) -> int:
+    """How often a whole calibration renames."""
+    count, replaced = [0], os.replace
+
+    def counted(source, target):
+        count[0] += 1
+        replaced(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted)
+        patch.setattr(os, "rename", counted)
+        plan_of(pipeline(), folder, exact)
+    return count[0]
+
+
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
@@ -272,6 +293,20 @@ def test_a_killed_calibration_goes_on_and_gives_the_identical_plan(pipe, process
         assert unfinished(folder / "statistics").is_dir() and not (folder / "statistics").exists()
     assert plan_of(pipe, folder, exact) == expected
     assert sorted(path.name for path in folder.iterdir()) == ["plan", "statistics"]
+
+
+def test_one_that_is_killed_while_it_writes_its_results_goes_on_too(pipe, processes, tmp_path, monkeypatch):
+    total = renames_of(tmp_path / "whole", False, monkeypatch)
+    expected = saved(Plan.from_pretrained(tmp_path / "whole" / "plan"), tmp_path / "again")
+    for before_the_end in (0, 1, 2, 3):  # the plan, the journal that goes, the statistics, the last note
+        folder = tmp_path / str(before_the_end)
+        process = processes.Process(target=killed_after, args=(folder, False, total - before_the_end))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert plan_of(pipe, folder, False) == expected
+        assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {"plan", "statistics"}
+        assert load_statistics(folder / "statistics")
 
 
 def test_a_calibration_killed_at_any_time_goes_on_and_gives_the_identical_plan(pipe, processes, tmp_path):
@@ -311,6 +346,8 @@ def test_finished_runs_are_not_run_again(pipe, tmp_path, monkeypatch):
         ({"seed": 3}, "another seed: 0; got 3"),
         ({"capture": replace(CAPTURE, block=(32, 32))}, "another capture"),
         ({"settings": PlanSettings(0.5)}, "another orders"),
+        ({"prompts": (Prompt("a", guidance="batch"), "another")}, "another prompts"),
+        ({"guidance": "none"}, "another call"),
     ],
 )
 def test_an_unfinished_calibration_of_something_else_is_not_gone_on_with(pipe, tmp_path, change, message):
@@ -341,6 +378,23 @@ def test_when_memory_ends_what_was_measured_is_kept_and_the_message_says_so(pipe
     assert plan_of(pipe, tmp_path / "short", False) == expected
 
 
+def test_a_disk_that_is_full_at_the_end_keeps_what_was_measured(pipe, tmp_path, monkeypatch):
+    expected, folder = plan_of(pipe, tmp_path / "whole", False), tmp_path / "short"
+
+    def full(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.hardlink_to", full)
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(
+            OSError, match=r"more space on the disk \(.*No space left.*kept in .*\.unfinished: run the same"
+        ):
+            plan_of(pipe, folder, False)
+    assert [path.name for path in folder.iterdir()] == ["statistics.unfinished"]
+    assert plan_of(pipe, folder, False) == expected
+
+
 def test_when_the_disk_is_full_what_was_measured_is_kept(pipe, tmp_path, monkeypatch):
     expected, written = plan_of(pipe, tmp_path / "whole", False), []
 
@@ -354,6 +408,60 @@ def test_when_the_disk_is_full_what_was_measured_is_kept(pipe, tmp_path, monkeyp
         with pytest.raises(OSError, match=r"cannot be written in .*\.unfinished.* \(No space left on device\)"):
             plan_of(pipe, tmp_path / "short", False)
     assert plan_of(pipe, tmp_path / "short", False) == expected
+
+
+def test_what_a_pipeline_is_called_with_is_told_apart_by_its_content():
+    one, two = torch.arange(6.0), torch.arange(6.0).bfloat16()
+    picture = Image.new("RGB", (3, 2), (1, 2, 3))
+    values = [
+        one,
+        one + 1,
+        two,
+        picture,
+        Image.new("RGB", (3, 2)),
+        [one, "x"],
+        ["x"],
+        Prompt("a", image=picture),
+        "a",
+        2,
+    ]
+    seen = [json.dumps(described(value)) for value in values]
+    assert len(set(seen)) == len(values)
+    assert [json.dumps(described(copy.deepcopy(value))) for value in values] == seen
+
+
+def test_nothing_but_its_own_journal_is_removed(tmp_path):
+    for name in ("plan.unfinished", "plan.finished", "plan"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "letter").write_text("dear")
+    discard(unfinished(tmp_path / "plan"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan", "plan.finished"]
+    assert (tmp_path / "plan.finished" / "letter").read_text() == "dear"
+
+
+def test_a_damaged_journal_is_refused(pipe, tmp_path):
+    collected(pipe, journal=tmp_path / "journal", steps=2)
+    path = tmp_path / "journal" / "calibration.json"
+    state = json.loads(path.read_text())
+    for damaged, message in (
+        ({"version": 99}, "another paroattn"),
+        ({"done": 7}, "damaged"),
+        ({"asked": []}, "damaged"),
+    ):
+        path.write_text(json.dumps(state | damaged))
+        with pytest.raises(ValueError, match=message):
+            collected(pipe, journal=tmp_path / "journal", steps=2)
+
+
+def test_time_left_is_shown(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stderr", out)
+    with progress_bar("calibrating") as report:
+        for share in (0.1, 0.2, 0.3, 0.4):
+            report(share)
+            time.sleep(0.15)
+    assert re.search(r"4\d?0?%.*0:00:0[0-9]", out.getvalue())
 
 
 @pytest.mark.parametrize("bad", [{"maps": 0}, {"order_steps": 0}, {"block_stride": -1}])

@@ -13,6 +13,7 @@ from paroattn.capture.maps import TENSORS
 from paroattn.files import writing_folder
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.phases import Phase, phase_at, phases_of
+from paroattn.plan.packing import pack, unpack
 from paroattn.plan.plan import FOLDER, LayerPlan, Plan, PlanError, TransformerPlan
 from paroattn.plan.search import BUDGETS, PlanSettings, make_plan
 from paroattn.plan.threshold import select
@@ -447,6 +448,29 @@ def test_saving_over_a_plan_replaces_it(tmp_path):
     _saved(tmp_path)
     folder = _saved(tmp_path, make_plan(_statistics(), PlanSettings(0.9, orders=ORDERS)))
     assert Plan.from_pretrained(folder)["transformer"].made["settings"]["density"] == 0.9
+
+
+def test_large_plans_are_packed_and_come_back_bit_by_bit(tmp_path, monkeypatch):
+    plain = _saved(tmp_path / "plain")
+    monkeypatch.setattr("paroattn.plan.plan.PACKED_FROM", 1)
+    packed = _saved(tmp_path / "packed")
+    versions = [
+        json.loads((each / "transformer" / "plan.json").read_text())["format_version"] for each in (plain, packed)
+    ]
+    assert versions == [1, 2]
+    one, two = (Plan.from_pretrained(each)["transformer"] for each in (plain, packed))
+    for name, layer in one.layers.items():
+        assert torch.equal(two.layers[name].mask.bits, layer.mask.bits)
+        assert len(layer.mask.bits) > 1 and not torch.equal(layer.mask.bits[0], layer.mask.bits[1])
+
+
+def test_masks_that_change_little_from_phase_to_phase_take_little_space():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(256, (1, 3, 64, 8), generator=generator, dtype=torch.uint8).repeat(4, 1, 1, 1)
+    bits[2:, 1, 5, 3] ^= 4
+    packed = pack({"a": bits})["a"]
+    assert torch.equal(unpack({"a": packed}, bits.shape)["a"], bits)
+    assert packed.numel() < 1.1 * bits[0].numel()
 
 
 # Fit
