@@ -283,7 +283,8 @@ class TestSteps:
     def test_only_the_masks_of_the_running_phase_are_kept_where_the_model_runs(self):
         pipe = tiny_pipeline()
         apply(pipe, whole(random_plan(phases=TWO_PHASES, density=0.4)))
-        layer, seen = hook_of(pipe.transformer).layers["blocks.0.attn1"], []
+        hook: Any = hook_of(pipe.transformer)
+        layer, seen = hook.layers["blocks.0.attn1"], []
         follow = layer.follow
         layer.follow = lambda phase, *rest: (
             follow(phase, *rest),
