@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,15 @@ def test_statistics_in_a_folder_are_linked_when_they_are_saved(tmp_path):
     name = "maps/b@0.2.safetensors"
     assert (tmp_path / "statistics" / name).samefile(tmp_path / "again" / name)
     assert Statistics.load(tmp_path / "again").settings.codes
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which files are mapped")
+def test_no_file_stays_in_memory_after_it_was_read(tmp_path):
+    kept = _random(tmp_path / "statistics", codes=True)
+    for name in TENSORS:
+        kept.mean("b", name)
+    kept.heaviest("b")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("columns", [3, 4, 70])

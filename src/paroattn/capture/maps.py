@@ -91,15 +91,15 @@ class StoredStats:
 
     @cached_property
     def sparse_share(self) -> Tensor:
-        return self._read("sparse_share")
+        return self._read("sparse_share").clone()  # the file is mapped as long as a tensor of it lives
 
     @cached_property
     def incoherence(self) -> Tensor:
-        return self._read("incoherence")
+        return self._read("incoherence").clone()
 
     @cached_property
     def output_power(self) -> Tensor:
-        return self._read("output_power")
+        return self._read("output_power").clone()
 
     def _read(self, name: str) -> Tensor:
         try:
