@@ -41,13 +41,15 @@ def said(capsys) -> tuple[dict, str]:
 
 def test_calibrate_writes_statistics_and_the_plan_made_from_them(plan):
     files = {str(path.relative_to(plan)) for path in plan.rglob("*") if path.is_file()}
-    assert files == {
+    maps = {name for name in files if name.startswith("statistics/transformer/maps/blocks.")}
+    assert len(maps) == 10 and "statistics/transformer/maps/blocks.4.attn1@1.0.safetensors" in maps
+    assert files - maps == {
         "README.md",
         "transformer/plan.json",
         "transformer/plan.safetensors",
         "statistics/transformer/statistics.json",
-        "statistics/transformer/statistics.safetensors",
     }
+    assert not plan.with_name(plan.name + ".unfinished").exists()
 
 
 def test_plan_makes_another_density_without_the_model(plan, tmp_path, capsys, monkeypatch):

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import paroattn
-from paroattn.block_mask import BlockMask, blocks_of, parse_block
-from paroattn.capture import LARGEST
+from paroattn.block_mask import BlockMask, parse_block
+from paroattn.capture import CaptureSettings, Statistics
+from paroattn.capture.statistics import LARGEST
 from paroattn.cli import COMMANDS
 from paroattn.cli.arguments import parser
 from paroattn.evaluation.forecast import workload
-from paroattn.grid import Grid
+from paroattn.grid import Grid, Layout
 from paroattn.kernels.attention import attention
 from paroattn.plan.plan import Plan
 
@@ -107,9 +108,9 @@ def _layout(args: Any) -> Any:
 @pytest.mark.parametrize(("page", "args"), [(p, a) for p, a in ON_MODELS if a.command == "calibrate"], ids=str)
 def test_every_calibration_fits_in_memory(page, args):
     model, grid, block = workload(HUB[args.model][1]), _layout(args).grid, parse_block(args.block)
-    rows, columns = (blocks_of(grid.tokens, size) for size in block)
-    orders = len(dict.fromkeys(("FHW", *args.orders)))
-    assert 8 * model.layers * args.steps * orders * model.heads * rows * columns <= LARGEST
+    settings = CaptureSettings(orders=tuple(args.orders), block=block, codes=True)
+    statistics = Statistics("Model", model.heads, model.head_dim, Layout(grid), settings, chosen={"a": ("FHW",)})
+    assert statistics.bytes_needed(model.layers, args.steps) <= LARGEST
     assert args.height % model.stride[1] == args.width % model.stride[2] == 0
     assert ((args.num_frames or 1) - 1) % model.stride[0] == 0
 

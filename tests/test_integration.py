@@ -280,6 +280,20 @@ class TestSteps:
         per_step = 2 * (1 if call.get("batched") else 2)
         assert [row["sparse_calls"] for row in rows] == [per_step * phases.count(0), per_step * phases.count(1)]
 
+    def test_only_the_masks_of_the_running_phase_are_kept_where_the_model_runs(self):
+        pipe = tiny_pipeline()
+        apply(pipe, whole(random_plan(phases=TWO_PHASES, density=0.4)))
+        hook: Any = hook_of(pipe.transformer)
+        layer, seen = hook.layers["blocks.0.attn1"], []
+        follow = layer.follow
+        layer.follow = lambda phase, *rest: (
+            follow(phase, *rest),
+            seen.append((phase, [key[0] for key in layer._known])),
+        )
+        pipe(6)
+        assert {phase for phase, _ in seen} == {0, 1}
+        assert all(kept == [phase] for phase, kept in seen)
+
     @pytest.mark.parametrize("resets", [True, False])
     def test_counting_follows_the_branch_that_came_first_where_nothing_else_tells(self, resets, monkeypatch):
         pipe = tiny_pipeline(scheduler=CogVideoXDDIMScheduler())

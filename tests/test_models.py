@@ -40,9 +40,10 @@ from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration import backend, models
 from paroattn.integration.adapters import ADAPTERS, dispatching
 from paroattn.integration.apply import apply, dense, recording, remove, report, set_noise_level
-from paroattn.integration.calibrate import calibrate, collect, output_projection
+from paroattn.integration.calibrate import calibrate, collect
 from paroattn.integration.hook import hook_of
 from paroattn.integration.models import MODELS, GridUnknown, self_attentions
+from paroattn.integration.projection import output_projection
 from paroattn.kernels.block_stats import block_stats
 from paroattn.plan.plan import PlanError
 from paroattn.plan.search import PlanSettings, make_plan
@@ -732,12 +733,9 @@ class TestCalibration:
     def test_the_layout_of_the_statistics_stays_that_of_the_first_call(self):
         layout = Layout(Grid(2, 3, 4), TextSpan(5, "prefix"))
         statistics = Statistics("M", 1, 8, layout, CaptureSettings(orders=("FHW",), block=(8, 8), paper=False))
-        from paroattn.integration.calibrate import _layout
-
         other = Layout(layout.grid, TextSpan(2, "prefix"))
         q = torch.randn(1, other.tokens, 1, 8)
-        with _layout(statistics, other):
-            statistics.add("a", q, q, q, torch.randn(1, 8, 8), 0.5, block_stats)
+        statistics.add("a", q, q, q, torch.randn(1, 8, 8), 0.5, block_stats, layout=other)
         assert statistics.layout == layout
 
     def test_each_expert_gets_the_plan_of_its_own_steps(self):

@@ -9,11 +9,14 @@ import torch
 
 from paroattn.block_mask import BlockMask
 from paroattn.capture import BlockStats, CaptureSettings, Statistics
+from paroattn.capture.maps import TENSORS
 from paroattn.files import writing_folder
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.phases import Phase, phase_at, phases_of
+from paroattn.plan.packing import pack, unpack
 from paroattn.plan.plan import FOLDER, LayerPlan, Plan, PlanError, TransformerPlan
 from paroattn.plan.search import BUDGETS, PlanSettings, make_plan
+from paroattn.plan.threshold import select
 
 GRID = Grid(3, 4, 5)
 BLOCK = (8, 16)
@@ -183,6 +186,122 @@ def test_the_papers_score_and_no_reorder_refuse_statistics_that_lack_what_they_n
         make_plan(_statistics(orders=("HWF", "WFH")), PlanSettings(0.5, "none", orders=("HWF",)))
 
 
+# One threshold without all scores at once
+
+
+def _sorted(layers, costs, scores, density):
+    """What is kept if all scores are sorted: the definition."""
+    found = {layer: torch.stack([scores(layer, phase) for phase in range(len(costs))]) for layer in layers}
+    flat = torch.cat([score.flatten() for score in found.values()])
+    each = torch.tensor(costs)
+    cost = torch.cat([each[:, None].expand(-1, score[0].numel()).flatten() for score in found.values()])
+    order = flat.argsort(descending=True, stable=True)
+    spent = cost[order].cumsum(0)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[order] = (spent <= (density + 1e-9) * float(cost.sum())) | flat[order].isinf()
+    parts = kept.split([score.numel() for score in found.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(found.items(), parts, strict=True)}
+
+
+SCORES = {
+    "all different": lambda drawn: drawn.pow(9),
+    "of a few values": lambda drawn: (drawn * 5).round() / 7,
+    "all the same": lambda drawn: torch.full_like(drawn, 0.3),
+    "nothing": lambda drawn: torch.zeros_like(drawn),
+    "mostly nothing": lambda drawn: (drawn - 0.9).clamp_min(0),
+    "tiny and huge": lambda drawn: (drawn * 250 - 125).exp2(),
+    "alike in their upper bits": lambda drawn: 1 + drawn * 1e-5,
+    "minus zero": lambda drawn: torch.where(drawn < 0.5, -0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("density", [1e-6, 0.13, 0.25, 0.5, 0.77, 0.999, 1.0])
+@pytest.mark.parametrize("costs", [(1,), (2, 3, 3, 2), (5, 1)])
+def test_the_threshold_keeps_what_a_sort_of_all_scores_would(kind, density, costs):
+    generator = torch.Generator().manual_seed(len(kind))
+    drawn = {
+        (layer, phase): torch.rand(3, 7, 11, generator=generator) for layer in "abc" for phase in range(len(costs))
+    }
+
+    def scores(layer, phase):
+        score = SCORES[kind](drawn[layer, phase])
+        return score.scatter(-1, drawn[layer, phase].argmax(-1, keepdim=True), torch.inf)
+
+    expected = _sorted("abc", costs, scores, density)
+    found = dict(select("abc", costs, scores, density))
+    assert list(found) == list("abc")
+    for layer, kept in expected.items():
+        assert torch.equal(found[layer], kept), layer
+
+
+def test_the_threshold_works_on_part_of_the_scores_at_a_time():
+    made = []
+
+    def scores(layer, phase):
+        made.append((layer, phase))
+        return torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(layer))
+
+    found = select(range(3), (1, 1), scores, 0.5)
+    next(found)
+    assert made == [*((layer, phase) for layer in range(3) for phase in range(2))] * 2 + [(0, 0), (0, 1)]
+
+
+# Statistics of the chosen orders alone
+
+
+def _coded(tmp_path, chosen=None) -> tuple[Statistics, Statistics]:
+    """Statistics in 8 bits of heads measured in one order each, in a folder; the same ones in memory."""
+    generator = torch.Generator().manual_seed(3)
+    settings = CaptureSettings(orders=ORDERS, block=BLOCK, codes=True)
+    chosen = chosen or {"a": ("WFH", "FHW", "2x2x2"), "b": ("HWF", "HWF", "FHW")}
+    layout = Layout(GRID, TextSpan(6, "prefix"))
+    kept = Statistics("Model", HEADS, 16, layout, settings, chosen=chosen)
+    kept.keep_in(tmp_path / "statistics", list(chosen))
+
+    def measure(*args, order, **settings):
+        shape = (1, HEADS, NQ, NK)
+        maps = [torch.rand(shape, generator=generator).pow(6) for _ in range(2)]
+        return BlockStats(*maps, torch.zeros(1, HEADS), torch.zeros(1, HEADS), torch.rand((), generator=generator), 1)
+
+    x = torch.zeros(1, 66, HEADS, 16)
+    for layer in chosen:
+        for level in LEVELS:
+            kept.add(layer, x, x, x, torch.zeros(HEADS, 16, 20), level, measure)
+    memory = replace(
+        kept,
+        layers={
+            layer: {
+                level: BlockStats(*(getattr(each, name) for name in TENSORS), calls=each.calls)
+                for level, each in levels.items()
+            }
+            for layer, levels in kept.layers.items()
+        },
+    )
+    return kept, memory
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
+def test_statistics_in_a_folder_give_the_plan_that_they_would_in_memory(tmp_path, budget, density):
+    kept, memory = _coded(tmp_path)
+    plans = [make_plan(each, PlanSettings(density, budget=budget, orders=ORDERS)) for each in (kept, memory)]
+    for layer, orders in kept.chosen.items():
+        assert plans[0].layers[layer].orders == orders
+        assert torch.equal(plans[0].layers[layer].mask.bits, plans[1].layers[layer].mask.bits)
+    assert plans[0].density == pytest.approx(density, abs=1.5 / (NQ * NK))
+
+
+def test_orders_that_calibration_chose_must_be_candidates(tmp_path):
+    kept, _ = _coded(tmp_path)
+    with pytest.raises(ValueError, match=r"a has 2x2x2 among them; got FHW, WFH, HWF to choose from"):
+        make_plan(kept, PlanSettings(0.5, orders=("FHW", "WFH", "HWF")))
+    with pytest.raises(ValueError, match=r"a has 2x2x2 among them; got FHW to choose from"):
+        make_plan(kept, PlanSettings(0.5, "none", orders=ORDERS))
+    with pytest.raises(ValueError, match="calibrate with whole_mass=True"):
+        make_plan(kept, PlanSettings(0.5, mask_score="mass", orders=ORDERS))
+
+
 # The file
 
 
@@ -227,7 +346,7 @@ def test_a_changed_bit_anywhere_in_the_tensors_is_noticed(tmp_path):
 
 
 CHANGES = {
-    "format_version": (2, "format 2; this paroattn reads format 1"),
+    "format_version": (3, "format 3; this paroattn reads formats 1, 2"),
     "grid": ([3, 4, 6], "mask must have"),
     "heads": (4, "mask must have|heads"),
     "block": ("8x20", "beyond the 3 key blocks"),
@@ -329,6 +448,29 @@ def test_saving_over_a_plan_replaces_it(tmp_path):
     _saved(tmp_path)
     folder = _saved(tmp_path, make_plan(_statistics(), PlanSettings(0.9, orders=ORDERS)))
     assert Plan.from_pretrained(folder)["transformer"].made["settings"]["density"] == 0.9
+
+
+def test_large_plans_are_packed_and_come_back_bit_by_bit(tmp_path, monkeypatch):
+    plain = _saved(tmp_path / "plain")
+    monkeypatch.setattr("paroattn.plan.plan.PACKED_FROM", 1)
+    packed = _saved(tmp_path / "packed")
+    versions = [
+        json.loads((each / "transformer" / "plan.json").read_text())["format_version"] for each in (plain, packed)
+    ]
+    assert versions == [1, 2]
+    one, two = (Plan.from_pretrained(each)["transformer"] for each in (plain, packed))
+    for name, layer in one.layers.items():
+        assert torch.equal(two.layers[name].mask.bits, layer.mask.bits)
+        assert len(layer.mask.bits) > 1 and not torch.equal(layer.mask.bits[0], layer.mask.bits[1])
+
+
+def test_masks_that_change_little_from_phase_to_phase_take_little_space():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(256, (1, 3, 64, 8), generator=generator, dtype=torch.uint8).repeat(4, 1, 1, 1)
+    bits[2:, 1, 5, 3] ^= 4
+    packed = pack({"a": bits})["a"]
+    assert torch.equal(unpack({"a": packed}, bits.shape)["a"], bits)
+    assert packed.numel() < 1.1 * bits[0].numel()
 
 
 # Fit

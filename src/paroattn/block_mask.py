@@ -66,9 +66,11 @@ class BlockMask:
         if kept.dtype != torch.bool or kept.ndim < 3:
             raise ValueError(f"a block mask must be bool of shape (…, H, Nq, Nk); got {_describe(kept)}")
         _check_rows(kept)
-        padded = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8)).unflatten(-1, (-1, 8))
-        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
-        return cls((padded * weights).sum(-1, dtype=torch.uint8), kept.shape[-1], block)
+        padded = torch.nn.functional.pad(kept.view(torch.uint8), (0, -kept.shape[-1] % 8))
+        bits = padded[..., ::8].clone(memory_format=torch.contiguous_format)
+        for place in range(1, 8):
+            bits |= padded[..., place::8] << place
+        return cls(bits, kept.shape[-1], block)
 
     @classmethod
     def full(cls, heads: int, tokens: int, block: tuple[int, int]) -> "BlockMask":
@@ -101,7 +103,10 @@ class BlockMask:
 
     def head_density(self) -> Tensor:
         """Density of each head, (…, heads) float64."""
-        return self.dense().sum((-2, -1)).double() / (self.query_blocks * self.key_blocks)
+        pairs = self.bits - (self.bits >> 1 & 0x55)
+        fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+        kept = (fours + (fours >> 4)) & 0x0F
+        return kept.sum((-2, -1)).double() / (self.query_blocks * self.key_blocks)
 
     def dense(self) -> Tensor:
         """Unpack to bool of shape (…, heads, query blocks, key blocks)."""

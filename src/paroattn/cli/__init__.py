@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"paro {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"paro {args.command}: interrupted; nothing was written", file=sys.stderr)
+        left = "the same command goes on from here" if args.command == "calibrate" else "nothing was written"
+        print(f"paro {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps(result, indent=1, default=str))
@@ -58,6 +59,8 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
     from ..files import check_writable
     from ..integration.calibrate import collect, needed_by, own_precision
+    from ..integration.collecting import explained
+    from ..integration.journal import discard, unfinished
     from ..plan.plan import FOLDER
 
     prompts, call = _prompts(args), _call(args)
@@ -66,10 +69,19 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(args.out, FOLDER)
     pipe = _pipeline(args)
     settings = replace(settings, precision=args.precision or own_precision(pipe))
+    journal = unfinished(args.out)
+    if journal.exists():
+        say(f"going on with {journal}")
     with stages() as stage:
         report = partial(stage, f"calibrating on {len(prompts)} prompts")
-        measured = collect(pipe, prompts, steps=args.steps, capture=capture, seed=args.seed, progress=report, **call)
-    return _write_plan(measured, settings, args.out)
+        measured = collect(
+            pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
+            progress=report, **call,
+        )  # fmt: skip
+    with explained(journal):
+        result = _write_plan(measured, settings, args.out)
+    discard(journal)
+    return result
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:

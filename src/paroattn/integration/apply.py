@@ -97,7 +97,7 @@ def recording(target: Any, observer: Callable[..., None], *, transformer: nn.Mod
         ValueError: If the model is unknown, split over devices, or carries a plan already.
     """
     found, pipeline = _transformers(target)
-    watched = [each for each in found.values() if transformer is None or _unwrapped(transformer) is each]
+    watched = [each for each in found.values() if transformer is None or unwrapped(transformer) is each]
     if not watched:
         raise ValueError(f"the transformer to watch must be the pipeline's {' or '.join(found)}; got another one")
     for each in watched:
@@ -149,13 +149,13 @@ def _transformers(target: Any) -> tuple[dict[str, nn.Module], Any]:
     """Transformers by component name, and the pipeline they came in."""
     pipeline = None if isinstance(target, nn.Module) else target
     found = {name: getattr(target, name, None) for name in COMPONENTS} if pipeline else {COMPONENTS[0]: target}
-    found = {name: _unwrapped(each) for name, each in found.items() if isinstance(each, nn.Module)}
+    found = {name: unwrapped(each) for name, each in found.items() if isinstance(each, nn.Module)}
     if not found:
         raise TypeError(f"a pipeline with a transformer, or a transformer, is needed; got {type(target).__name__}")
     return found, pipeline
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module that torch.compile has wrapped."""
     return getattr(module, "_orig_mod", module)
 

@@ -121,12 +121,12 @@ class Layer:
         return Layout(layout.grid) if self.video_only else layout
 
     def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
-        """Set `operands` to those of a phase on a device; they are made once and kept."""
+        """Set `operands` to those of a phase on a device; they are kept until another phase is followed."""
         assert self.plan is not None and self.order is not None
         layout = self.sees(layout)
         key = (phase, layout.text, device)
         if key not in self._known:
-            if len(self._known) >= LAYOUTS_KEPT * len(self.plan.precision):
+            if len(self._known) >= LAYOUTS_KEPT or any(known != phase for known, *_ in self._known):
                 self._known.clear()
             mask = self.plan.mask[phase].with_text(layout.grid.tokens, layout.text.tokens).to(device)
             if device.type == "cuda" or self.owner.impl == "triton":

@@ -8,23 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..capture import CaptureSettings, Statistics
 from ..files import check_writable, writing_folder
-from ..grid import Grid, Layout, TextSpan
 from ..kernels.attention import OWN_PRECISION
-from ..kernels.block_stats import block_stats
 from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
 from ..plan.search import PlanSettings, make_plan
-from .apply import recording
+from .apply import recording, unwrapped
+from .collecting import Collector, Economy, StartOver, check_prompts, explained
 from .generate import run
-from .models import self_attentions
+from .journal import Journal, described, discard, unfinished
 
 STEPS = 10
-LOUD = 1024
-"""Input that makes a weight much larger than the bias beside it, which 16-bit numbers would round away."""
 
 
 def calibrate(
@@ -36,6 +32,8 @@ def calibrate(
     precision: str | None = None,
     capture: CaptureSettings | None = None,
     settings: PlanSettings | None = None,
+    exact: bool | None = None,
+    economy: Economy | None = None,
     statistics: str | os.PathLike | None = None,
     seed: int = 0,
     impl: str = "auto",
@@ -44,18 +42,25 @@ def calibrate(
 ) -> Plan:
     """Make a plan for a pipeline from one or two prompts.
 
-    Every prompt is generated once, dense, on a short schedule. Statistics of prompts, guidance branches and the steps
-    of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the budget.
+    Every prompt is generated once, dense, on a short schedule. Statistics of prompts, seeds, guidance branches and the
+    steps of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the
+    budget.
+
+    Small models are measured whole, in every candidate order. Of large ones, a short run more chooses the orders from
+    a sample, and masks are made from a few maps of each layer and step, kept in 8 bits a block.
 
     Args:
-        pipe: A diffusers pipeline with a known transformer.
+        pipe: A diffusers pipeline with a known transformer; it may be offloaded.
         prompts: Calibration prompts.
         density: Kept video blocks over all, above 0 and at most 1; that of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
         precision: Precision of every head; that of `settings`, or the transformer's own dtype, by default.
         capture: What to measure; what `settings` needs, on every query row, by default.
         settings: What else the plan should be.
-        statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later.
+        exact: Measure everything; by default if that takes at most 1 GiB.
+        economy: What to measure otherwise.
+        statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later. A
+            calibration that was interrupted leaves a folder of this name and ".unfinished", and goes on from there.
         seed: Seed of the first prompt; the next ones count up.
         impl: How attention maps are measured: "torch", "triton", or "auto", by device; see `block_stats`.
         progress: Called with the share of the work done, 0…1; a progress bar by default.
@@ -65,7 +70,10 @@ def calibrate(
         A plan for every transformer of the pipeline that ran.
 
     Raises:
-        ValueError: If there is no prompt or a setting is out of range, before the model runs.
+        ValueError: If there is no prompt or a setting is out of range, before the model runs; or if the unfinished
+            calibration is one with other settings.
+        OSError: If the disk is full. What was measured before is kept.
+        RuntimeError: If memory ends. What was measured before is kept.
 
     Source:
         PAROAttention (arXiv 2506.16054): static plans from one or two prompts; scores and budget are ours.
@@ -82,16 +90,25 @@ def calibrate(
         )
     if statistics is not None:
         check_writable(statistics, COMPONENTS)
-    measured = collect(pipe, prompts, steps=steps, capture=capture, seed=seed, impl=impl, progress=progress, **call)
-    if statistics is not None:
-        save_statistics(measured, statistics)
-    return Plan({name: make_plan(each, settings) for name, each in measured.items()})
+    journal = None if statistics is None else unfinished(statistics)
+    measured = collect(
+        pipe, prompts, steps=steps, capture=capture, settings=settings, exact=exact, economy=economy, journal=journal,
+        seed=seed, impl=impl, progress=progress, **call,
+    )  # fmt: skip
+    with explained(journal):
+        plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
+        if statistics is not None:
+            save_statistics(measured, statistics)
+    if journal is not None:
+        discard(journal)
+    return plan
 
 
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
     """The least that a calibration must measure for such a plan."""
     orders = tuple(dict.fromkeys(("FHW", *settings.orders)))
-    return CaptureSettings(orders=orders, paper=settings.order_score == "paper", **changes)
+    by_mass = "mass" in (settings.order_score, settings.mask_score)
+    return CaptureSettings(orders=orders, paper=settings.order_score == "paper", whole_mass=by_mass, **changes)
 
 
 def save_statistics(measured: Mapping[str, Statistics], folder: str | os.PathLike) -> None:
@@ -121,6 +138,10 @@ def collect(
     *,
     steps: int = STEPS,
     capture: CaptureSettings | None = None,
+    settings: PlanSettings | None = None,
+    exact: bool | None = None,
+    economy: Economy | None = None,
+    journal: str | os.PathLike | None = None,
     seed: int = 0,
     impl: str = "auto",
     progress: Callable[[float], None] | None = None,
@@ -128,39 +149,64 @@ def collect(
 ) -> dict[str, Statistics]:
     """Run the pipeline dense and measure its attention maps; arguments as in `calibrate`.
 
+    Args:
+        pipe, prompts, steps, capture, exact, economy, seed, impl, progress, call: As in `calibrate`.
+        settings: The plan that orders are chosen for, where not everything is measured.
+        journal: Folder that always holds what was measured. An interrupted calibration goes on from there, and the
+            statistics that are returned stay in it.
+
     Returns:
         Statistics by component name ("transformer", "transformer_2").
+
+    Raises:
+        ValueError: As `calibrate`, or if the journal is that of another calibration.
+        OSError, RuntimeError: As `calibrate`.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"calibration needs at least one prompt, none of them empty; got {prompts}")
+    prompts = check_prompts(prompts)
     if steps < 1:
         raise ValueError(f"steps must be 1 or more; got {steps}")
     transformers = transformers_of(pipe)
+    settings, economy = settings or PlanSettings(), economy or Economy()
+    capture = capture or CaptureSettings()
+    exact = True if capture.block_stride > 1 else exact
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
-    with ExitStack() as stack:
-        report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
-        collector = _Collector(capture or CaptureSettings(), steps, len(prompts), impl, report)
-        for name, transformer in transformers.items():
-            stack.enter_context(recording(pipe, collector.observer(name), transformer=transformer))
-        for index, prompt in enumerate(prompts):
-            collector.prompt = index
-            run(pipe, prompt, seed + index, steps=steps, output_type="latent", **call)
+    orders = {name: getattr(settings, name) for name in ("density", "order_score", "mask_score", "orders")}
+    asked = {
+        "prompts": prompts, "steps": steps, "seed": seed, "call": call,
+        "models": {name: _told_apart(each) for name, each in transformers.items()},
+        "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
+    }  # fmt: skip
     made["model"] = _name_on_hub(pipe)
-    for name, each in collector.statistics.items():
-        measured = {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
-        each.made = made | measured | {"component": name, "config": own_config(transformers[name])}
-    return collector.statistics
+    folder = None if journal is None else Path(journal)
+    with ExitStack() as stack:
+        stack.enter_context(explained(folder))
+        report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
+        kept = Journal(folder, described(asked), exact)
+        collector = Collector(
+            transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report
+        )  # fmt: skip
+        for name, transformer in transformers.items():
+            observer = partial(collector.observe, name)
+            stack.enter_context(recording(pipe, observer, transformer=transformer))
+        for each in collector.runs():
+            try:
+                run(pipe, prompts[each.prompt], seed + each.prompt, steps=each.steps, output_type="latent", **call)
+            except StartOver:
+                _free(pipe)
+                continue
+            collector.finish()
+        report(1.0)
+        return collector.result()
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers by component name.
+    """The pipeline's transformers by component name, without what torch.compile has wrapped around them.
 
     Raises:
         ValueError: If it has none.
     """
     found = {name: getattr(pipe, name, None) for name in COMPONENTS}
-    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
         raise ValueError(f"a pipeline with a {' or '.join(COMPONENTS)} is needed; got {type(pipe).__name__}")
     return modules
@@ -190,80 +236,17 @@ def progress_bar(title: str) -> Iterator[Callable[[float], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-class _Collector:
-    """Turns recorded calls into statistics of each transformer."""
-
-    def __init__(
-        self, settings: CaptureSettings, steps: int, prompts: int, impl: str, progress: Callable[[float], None]
-    ):
-        self.settings, self.steps, self.prompts, self.progress = settings, steps, prompts, progress
-        self.measure = partial(block_stats, impl=impl)
-        self.statistics: dict[str, Statistics] = {}
-        self.seen: set[tuple[int, float]] = set()
-        self.prompt = 0
-
-    def observer(self, component: str) -> Callable[..., None]:
-        def observe(
-            layer: str, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor,
-            noise_level: float | None, branch: str | None, grid: Grid | None, text: TextSpan, transformer: nn.Module,
-        ) -> None:  # fmt: skip
-            if grid is None or noise_level is None:
-                raise ValueError(
-                    f"calibration must know the grid and the noise level of every call; got {grid} and {noise_level}. "
-                    "Calibrate a pipeline with a scheduler, at a resolution its ModelSpec understands."
-                )
-            statistics = self.statistics.get(component)
-            if statistics is None:
-                heads, head_dim = q.shape[2:]
-                layout = Layout(grid, text)
-                statistics = Statistics(type(transformer).__name__, heads, head_dim, layout, self.settings)
-                statistics.check_size(len(self_attentions(transformer)), self.steps)
-                self.statistics[component] = statistics
-            if grid != statistics.layout.grid:
-                raise ValueError(
-                    f"all calls of a calibration must have one grid; got {statistics.layout.grid} and {grid}. "
-                    "Calibrate each size by itself."
-                )
-            w_o = output_projection(transformer, layer, attention, q.dtype)
-            with _layout(statistics, Layout(grid, text)):  # the length of the text may differ from call to call
-                statistics.add(layer, q, k, v, w_o, noise_level, self.measure)
-            self.seen.add((self.prompt, noise_level))
-            self.progress(min(1.0, len(self.seen) / (self.steps * self.prompts)))
-
-        return observe
+def _told_apart(transformer: Any) -> dict[str, Any]:
+    """What tells one model from another without reading its weights."""
+    loaded = getattr(getattr(transformer, "config", None), "_name_or_path", None)
+    kind, dtype = type(transformer).__name__, str(transformer.dtype)
+    return {"class": kind, "dtype": dtype, "loaded": loaded, "config": own_config(transformer)}
 
 
-@contextmanager
-def _layout(statistics: Statistics, layout: Layout) -> Iterator[None]:
-    usual, statistics.layout = statistics.layout, layout
-    try:
-        yield
-    finally:
-        statistics.layout = usual
-
-
-def output_projection(transformer: nn.Module, layer: str, attention: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Output projection of each head for the video, (H, D, channels).
-
-    Blocks with one stream project attention and feed-forward together, attention first. Weights in a quantised form are
-    read through the layer, in `dtype`.
-    """
-    projection: Any = getattr(attention, "to_out", None)
-    if projection is None:
-        projection = transformer.get_submodule(layer.rpartition(".")[0]).proj_out
-    if isinstance(projection, nn.ModuleList | nn.Sequential):
-        projection = projection[0]
-    weight: Any = projection.weight
-    if type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
-        weight = _through(projection, attention.inner_dim, weight.device, dtype)
-    return weight.detach()[:, : attention.inner_dim].mT.unflatten(0, (attention.heads, -1))
-
-
-@torch.no_grad()
-def _through(linear: Any, inputs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Weights of the first inputs, (channels, inputs), from what a layer makes of each alone."""
-    unit = torch.eye(inputs, linear.in_features, device=device, dtype=dtype)
-    return ((linear(unit * LOUD) - linear(torch.zeros_like(unit[:1]))) / LOUD).mT
+def _free(pipe: Any) -> None:
+    """Offload what the run that was broken off has loaded."""
+    if hasattr(pipe, "maybe_free_model_hooks"):
+        pipe.maybe_free_model_hooks()
 
 
 def _name_on_hub(pipe: Any) -> str | None:

@@ -27,8 +27,10 @@ from ..files import read_json, writing_folder
 from ..grid import Grid, TextSpan, check_order
 from ..phases import Phase, phase_at
 from ..precision import Precision
+from .packing import PACKED_FROM, pack, unpack
 
-FORMAT_VERSION = 1
+PLAIN, PACKED = 1, 2
+FORMATS = {PLAIN: "masks as they are", PACKED: "masks packed"}
 COMPONENTS = ("transformer", "transformer_2")
 STATISTICS = "statistics"
 CARD = "README.md"
@@ -328,10 +330,12 @@ def _meant_for(component: str, plan: TransformerPlan) -> TransformerPlan:
 def _write_component(plan: TransformerPlan, folder: Path, together: list[str]) -> None:
     from .. import __version__
 
-    blob = save_tensors({f"{name}.mask": layer.mask.bits.cpu().contiguous() for name, layer in plan.layers.items()})
+    masks = {f"{name}.mask": layer.mask.bits.cpu().contiguous() for name, layer in plan.layers.items()}
+    version = PACKED if sum(bits.numel() for bits in masks.values()) >= PACKED_FROM else PLAIN
+    blob = save_tensors(pack(masks) if version == PACKED else masks)
     (folder / "plan.safetensors").write_bytes(blob)
     described = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "paroattn_version": __version__,
         "component": plan.component,
         "components": together,
@@ -363,9 +367,10 @@ def _read_component(folder: Path) -> tuple[TransformerPlan, list[str]]:
     except ValueError as error:
         raise PlanError(f"{error}. {_DAMAGED}") from error
     version = described.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMATS:
         raise PlanError(
-            f"{path} has plan format {version}; this paroattn reads format {FORMAT_VERSION}. Update paroattn."
+            f"{path} has plan format {version}; this paroattn reads formats {', '.join(map(str, FORMATS))}. "
+            "Update paroattn."
         )
     try:
         plan = _plan_from(described, load_tensors(_tensor_bytes(described, folder / "plan.safetensors")))
@@ -421,7 +426,9 @@ def _plan_from(described: dict, tensors: dict[str, torch.Tensor]) -> Transformer
     grid, block = Grid(*described["grid"]), parse_block(described["block"])
     if set(tensors) != {f"{name}.mask" for name in described["layers"]}:
         raise PlanError("plan.safetensors and plan.json list different layers")
-    key_blocks = blocks_of(grid.tokens, block[1])
+    rows, key_blocks = (blocks_of(grid.tokens, size) for size in block)
+    if described["format_version"] == PACKED:
+        tensors = unpack(tensors, (len(described["phases"]), described["heads"], rows, blocks_of(key_blocks, 8)))
     return TransformerPlan(
         model_class=described["model_class"],
         heads=described["heads"],

@@ -37,14 +37,14 @@ def error_order_score(statistics: Statistics, layer: str, density: float) -> Ten
     return _smallest(statistics.mean(layer, "error"), density)
 
 
-def mass_block_score(statistics: Statistics, layer: str, levels: list[float]) -> Tensor:
+def mass_block_score(statistics: Statistics, layer: str, levels: list[float], device: str = "cpu") -> Tensor:
     """Post-softmax attention inside each block, as the paper scores blocks."""
-    return statistics.mean(layer, "mass", levels)
+    return statistics.mean(layer, "mass", levels, device)
 
 
-def error_block_score(statistics: Statistics, layer: str, levels: list[float]) -> Tensor:
+def error_block_score(statistics: Statistics, layer: str, levels: list[float], device: str = "cpu") -> Tensor:
     """Output error that dropping each block causes."""
-    return statistics.mean(layer, "error", levels)
+    return statistics.mean(layer, "error", levels, device)
 
 
 def _smallest(score: Tensor, density: float) -> Tensor:
@@ -60,7 +60,7 @@ ORDER_SCORES: dict[str, Callable[[Statistics, str, float], Tensor] | None] = {
     "mass": mass_order_score,
     "output_error": error_order_score,
 }
-MASK_SCORES: dict[str, Callable[[Statistics, str, list[float]], Tensor]] = {
+MASK_SCORES: dict[str, Callable[[Statistics, str, list[float], str], Tensor]] = {
     "mass": mass_block_score,
     "output_error": error_block_score,
 }

@@ -17,6 +17,7 @@ from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
 from .plan import LayerPlan, TransformerPlan
 from .scores import MASK_SCORES, ORDER_SCORES
+from .threshold import select
 
 BUDGETS = ("global", "per_head", "layer_normalised")
 PHASE_ENDS = (0.25, 0.5, 0.75, 1.0)
@@ -72,17 +73,24 @@ class PlanSettings:
             )
         if self.order_score == "paper" and not capture.paper:
             raise ValueError("order_score paper needs what it was calibrated without; calibrate with paper=True")
+        if "mass" in (self.mask_score, self.order_score) and capture.codes and not capture.whole_mass:
+            raise ValueError("scores by mass need the masses of all blocks; calibrate with whole_mass=True")
 
 
-def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> TransformerPlan:
-    """Choose an order for every head and a block mask for every head and phase.
+def make_plan(
+    statistics: Statistics, settings: PlanSettings | None = None, *, device: str | None = None
+) -> TransformerPlan:
+    """Choose orders and masks.
+
+    Layers are read one after the other, so statistics in a folder may be larger than memory.
 
     Args:
         statistics: From a calibration; at least one noise level.
         settings: What the plan should be.
+        device: Where scores are compared; by default the CPU, or for statistics in 8 bits a GPU if there is one.
 
     Raises:
-        ValueError: If the statistics lack a candidate order or hold no layer.
+        ValueError: If the statistics lack a candidate order or a map, or hold no layer.
     """
     settings = settings or PlanSettings()
     settings.check_measured(statistics.settings)
@@ -90,14 +98,14 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
         raise ValueError("the statistics must hold at least one layer; got none. Calibrate again.")
     phases = phases_of(statistics.noise_levels, settings.phase_ends)
     chosen = {layer: choose_orders(statistics, layer, settings) for layer in statistics.layers}
-    scores = {layer: _phase_scores(statistics, layer, chosen[layer], phases, settings.mask_score) for layer in chosen}
-    heaviest = {layer: _phase_scores(statistics, layer, chosen[layer], phases, "mass").argmax(-1) for layer in chosen}
-    if settings.budget == "layer_normalised":
-        scores = {layer: score / _size(statistics, layer, settings.mask_score) for layer, score in scores.items()}
-    select = _select_per_head if settings.budget == "per_head" else _select_together
-    masks = select(
-        scores, heaviest, settings.density, torch.tensor([phase.share for phase in phases], dtype=torch.float64)
-    )
+    if device is None:
+        device = "cuda" if statistics.settings.codes and torch.cuda.is_available() else "cpu"
+    maps = _Maps(statistics, chosen, phases, settings, device)
+    if settings.budget == "per_head":
+        masks = ((layer, maps.each_head(layer)) for layer in chosen)
+    else:
+        steps = [round(phase.share * len(statistics.noise_levels)) for phase in phases]
+        masks = select(list(chosen), steps, maps.ranked, settings.density)
     names = statistics.settings.orders
     return TransformerPlan(
         model_class=statistics.model_class,
@@ -110,10 +118,10 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
         layers={
             layer: LayerPlan(
                 orders=tuple(names[index] for index in chosen[layer].tolist()),
-                mask=BlockMask.from_dense(masks[layer], statistics.settings.block),
+                mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
                 precision=((settings.precision or "fp32",) * statistics.heads,) * len(phases),
             )
-            for layer in statistics.layers
+            for layer, kept in masks
         },
         made={"settings": asdict(settings), "calibration": statistics.made},
         config=statistics.made.get("config"),
@@ -122,8 +130,21 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
 
 
 def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) -> Tensor:
-    """Index into the statistics' orders for each head, (heads,)."""
+    """Index into the statistics' orders for each head, (heads,).
+
+    Raises:
+        ValueError: If the calibration chose already, and what it chose is no candidate.
+    """
     names = list(statistics.settings.orders)
+    allowed = ("FHW",) if settings.order_score == "none" else settings.orders
+    if statistics.chosen:
+        chosen = statistics.chosen[layer]
+        if excluded := sorted(set(chosen) - set(allowed)):
+            raise ValueError(
+                f"each head was measured in the order chosen at calibration alone, and {layer} has {excluded[0]} among "
+                f"them; got {', '.join(allowed)} to choose from. Calibrate with these orders."
+            )
+        return torch.tensor([names.index(order) for order in chosen])
     score_of = ORDER_SCORES[settings.order_score]
     if score_of is None:
         return torch.full((statistics.heads,), names.index("FHW"))
@@ -131,46 +152,49 @@ def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) ->
     return candidates[score_of(statistics, layer, settings.density)[candidates].argmin(0)]
 
 
-def _phase_scores(
-    statistics: Statistics, layer: str, orders: Tensor, phases: tuple[Phase, ...], mask_score: str
-) -> Tensor:
-    """Block scores of the chosen orders, (phases, heads, Nq, Nk)."""
-    heads = torch.arange(len(orders))
-    levels: list[list[float]] = [[] for _ in phases]
-    for level in statistics.noise_levels:
-        levels[phase_at(phases, level)].append(level)
-    return torch.stack([MASK_SCORES[mask_score](statistics, layer, each)[orders, heads] for each in levels])
+class _Maps:
+    """Scores of the chosen orders, made anew whenever they are asked for."""
+
+    def __init__(
+        self, statistics: Statistics, chosen: dict[str, Tensor], phases: tuple[Phase, ...], settings: PlanSettings,
+        device: str,
+    ):  # fmt: skip
+        self.statistics, self.settings, self.device = statistics, settings, device
+        self.chosen = {} if statistics.chosen else chosen  # the statistics have a single order then
+        self.levels: list[list[float]] = [[] for _ in phases]
+        for level in statistics.noise_levels:
+            self.levels[phase_at(phases, level)].append(level)
+        self._heaviest: dict[tuple[str, int], Tensor] = {}
+
+    def ranked(self, layer: str, phase: int) -> Tensor:
+        """What keeping each block is worth, (heads, Nq, Nk); infinite for the heaviest of each row."""
+        levels, key = self.levels[phase], (layer, phase)
+        score = self._of(MASK_SCORES[self.settings.mask_score](self.statistics, layer, levels, self.device), layer)
+        if self.settings.budget == "layer_normalised":
+            score /= _size(self.statistics, layer, self.settings.mask_score).to(self.device)
+        if key not in self._heaviest:
+            self._heaviest[key] = self._of(self.statistics.heaviest(layer, levels, self.device), layer)[..., None].cpu()
+        return score.scatter_(-1, self._heaviest[key].to(self.device), torch.inf)
+
+    def each_head(self, layer: str) -> Tensor:
+        """Kept blocks at the same density in every head and phase, (phases, heads, Nq, Nk)."""
+        kept = []
+        for phase in range(len(self.levels)):
+            ranked = self.ranked(layer, phase)
+            flat = ranked.flatten(-2)
+            count = max(ranked.shape[-2], int(self.settings.density * flat.shape[-1]))
+            best = flat.topk(count, -1).indices
+            kept.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True).view(ranked.shape))
+        return torch.stack(kept)
+
+    def _of(self, found: Tensor, layer: str) -> Tensor:
+        """Of every head what belongs to its order, (heads, …)."""
+        if layer not in self.chosen:
+            return found[0]
+        order = self.chosen[layer].to(found.device)
+        return found[order, torch.arange(len(order), device=found.device)]
 
 
 def _size(statistics: Statistics, layer: str, mask_score: str) -> Tensor:
     """What makes a layer's scores comparable: its output power, or 1 for mass, which sums to 1 in every row."""
     return statistics.mean(layer, "output_power") if mask_score == "output_error" else torch.ones(())
-
-
-def _select_per_head(
-    scores: dict[str, Tensor], heaviest: dict[str, Tensor], density: float, shares: Tensor
-) -> dict[str, Tensor]:
-    masks = {}
-    for layer, score in scores.items():
-        ranked = score.scatter(-1, heaviest[layer][..., None], torch.inf).flatten(-2)
-        count = max(score.shape[-2], int(density * ranked.shape[-1]))
-        kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, ranked.topk(count, -1).indices, True)
-        masks[layer] = kept.view(score.shape)
-    return masks
-
-
-def _select_together(
-    scores: dict[str, Tensor], heaviest: dict[str, Tensor], density: float, shares: Tensor
-) -> dict[str, Tensor]:
-    """One threshold for all blocks; a block costs its phase's share of the steps."""
-    ranked = {layer: score.scatter(-1, heaviest[layer][..., None], torch.inf) for layer, score in scores.items()}
-    flat = torch.cat([score.flatten() for score in ranked.values()])
-    cost = torch.cat(
-        [(shares[:, None] / score[0].numel()).expand(-1, score[0].numel()).flatten() for score in ranked.values()]
-    )
-    order = flat.argsort(descending=True, stable=True)
-    spent = cost[order].double().cumsum(0) / len(scores)
-    kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[order] = (spent <= density + 1e-9) | flat[order].isinf()
-    parts = kept.split([score.numel() for score in ranked.values()])
-    return {layer: part.view(score.shape) for (layer, score), part in zip(ranked.items(), parts, strict=True)}
