@@ -207,7 +207,9 @@ def test_p_is_rounded_as_the_reference_says(keys):
     assert (p - p.round()).abs().max() <= 1e-2
     assert off_by_one(p.round(), expected) <= (1e-2 if DEVICE == "cuda" else 2e-3)
     assert expected.mean() > 10
-    torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), atol=1e-5, rtol=0)
+    # on a GPU the bias is taken off a product that was rounded to whole units of p̂ v
+    tolerance = 1e-3 if DEVICE == "cuda" else 1e-5
+    torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), atol=tolerance, rtol=0)
 
 
 @layouts
