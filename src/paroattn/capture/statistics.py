@@ -5,6 +5,7 @@ level, so phases, density, scores and budget can all be chosen later without run
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,8 @@ class Statistics:
         made: How the statistics were made; free JSON.
         chosen: Order of each head by module path, if heads were measured in one order each; the statistics then have
             a single order.
+        level_weights: By noise level, how much an error there matters for the finished sample; empty if unknown.
+        layer_weights: By module path, likewise, as a factor on that.
     """
 
     model_class: str
@@ -54,6 +57,8 @@ class Statistics:
     layers: Mapping[str, Mapping[float, Any]] = field(default_factory=MemoryMaps)
     made: dict[str, Any] = field(default_factory=dict)
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    level_weights: dict[float, float] = field(default_factory=dict)
+    layer_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.layers, FolderMaps):
@@ -306,6 +311,8 @@ class Statistics:
                 for name, levels in self.layers.items()
             },
             "chosen": {name: list(orders) for name, orders in self.chosen.items()},
+            "level_weights": {repr(level): weight for level, weight in self.level_weights.items()},
+            "layer_weights": self.layer_weights,
             "made": self.made,
         }
         write_whole(folder / DESCRIPTION, (json.dumps(described, indent=1) + "\n").encode())
@@ -322,12 +329,19 @@ class Statistics:
             settings=CaptureSettings(**settings),
             made=described["made"],
             chosen={name: tuple(orders) for name, orders in described["chosen"].items()},
+            level_weights={float(level): weight for level, weight in described["level_weights"].items()},
+            layer_weights=dict(described["layer_weights"]),
         )
+        for weight in (*statistics.level_weights.values(), *statistics.layer_weights.values()):
+            if not 0 < weight < math.inf:
+                raise ValueError(f"weights must be above 0 and finite; got {weight}")
         statistics.layers = FolderMaps(folder / "maps", described["layers"], **statistics._format)
         for name, levels in described["calls"].items():
             for level in levels:
                 if float(level) not in statistics.layers.get(name, {}):
                     raise ValueError(f"{name} at noise level {level} is missing")
+        if statistics.level_weights and (missing := set(statistics.noise_levels) - set(statistics.level_weights)):
+            raise ValueError(f"the weight of noise level {min(missing)} is missing")
         return statistics
 
 

@@ -61,6 +61,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from ..integration.calibrate import collect, needed_by, own_precision
     from ..integration.collecting import explained
     from ..integration.journal import discard, unfinished
+    from ..integration.sensitivity import measure_sensitivity
     from ..plan.plan import FOLDER
 
     prompts, call = _prompts(args), _call(args)
@@ -77,6 +78,11 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         measured = collect(
             pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
             progress=report, **call,
+        )  # fmt: skip
+    with explained(journal), stages() as stage:
+        measure_sensitivity(
+            pipe, measured, prompts[:1], what=args.sensitivity, settings=settings, steps=args.steps, seed=args.seed,
+            precision=own_precision(pipe), progress=partial(stage, "measuring sensitivity"), **call,
         )  # fmt: skip
     with explained(journal):
         result = _write_plan(measured, settings, args.out)

@@ -19,6 +19,7 @@ from .apply import recording, unwrapped
 from .collecting import Collector, Economy, StartOver, check_prompts, explained
 from .generate import run
 from .journal import Journal, described, discard, unfinished
+from .sensitivity import check_sensitivity, measure_sensitivity
 
 STEPS = 10
 
@@ -34,6 +35,7 @@ def calibrate(
     settings: PlanSettings | None = None,
     exact: bool | None = None,
     economy: Economy | None = None,
+    sensitivity: str = "phases",
     statistics: str | os.PathLike | None = None,
     seed: int = 0,
     impl: str = "auto",
@@ -59,11 +61,14 @@ def calibrate(
         settings: What else the plan should be.
         exact: Measure everything; by default if that takes at most 1 GiB.
         economy: What to measure otherwise.
+        sensitivity: Measure what an error in a "phases" or also in "layers" matters for the finished sample, or "none":
+            the first prompt is generated once more for every phase, and for every layer.
         statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later. A
             calibration that was interrupted leaves a folder of this name and ".unfinished", and goes on from there.
         seed: Seed of the first prompt; the next ones count up.
         impl: How attention maps are measured: "torch", "triton", or "auto", by device; see `block_stats`.
-        progress: Called with the share of the work done, 0…1; a progress bar by default.
+        progress: Called with the share of the work done, 0…1, of measuring maps and then of sensitivity; progress
+            bars by default.
         call: Passed on to the pipeline, such as height, width, num_frames, guidance_scale.
 
     Returns:
@@ -83,6 +88,7 @@ def calibrate(
     settings = settings if density is None else replace(settings, density=density)
     capture = capture or needed_by(settings)
     settings.check_measured(capture)
+    check_sensitivity(sensitivity)
     if capture.block_stride > 1:
         raise ValueError(
             f"block_stride must be 1 to make a plan, since a mask needs all query blocks; got {capture.block_stride}. "
@@ -95,7 +101,13 @@ def calibrate(
         pipe, prompts, steps=steps, capture=capture, settings=settings, exact=exact, economy=economy, journal=journal,
         seed=seed, impl=impl, progress=progress, **call,
     )  # fmt: skip
-    with explained(journal):
+    with explained(journal), ExitStack() as stack:
+        if sensitivity != "none":
+            bar = progress or stack.enter_context(progress_bar("measuring sensitivity"))
+            measure_sensitivity(
+                pipe, measured, check_prompts(prompts)[:1], what=sensitivity, settings=settings, steps=steps, seed=seed,
+                precision=own_precision(pipe), progress=bar, **call,
+            )  # fmt: skip
         plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
         if statistics is not None:
             save_statistics(measured, statistics)

@@ -35,6 +35,8 @@ class PlanSettings:
         orders: Candidate orders; the statistics must hold them.
         phase_ends: Shares of the calibration schedule's steps at which phases end.
         precision: Precision of every head. None: fp32, or the model's own dtype where it is known.
+        sensitivity: Weigh predicted errors by what the calibration found phases and layers to matter for the finished
+            sample, if it measured that; with the budget "layer_normalised".
     """
 
     density: float = 0.25
@@ -44,6 +46,7 @@ class PlanSettings:
     orders: tuple[str, ...] = ORDERS
     phase_ends: tuple[float, ...] = PHASE_ENDS
     precision: str | None = None
+    sensitivity: bool = True
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -129,6 +132,23 @@ def make_plan(
     )
 
 
+def predicted_error(statistics: Statistics, plan: TransformerPlan, settings: PlanSettings) -> Tensor:
+    """Predicted error of what a plan drops, (layers, phases) float64: comparable between layers, times share of steps.
+
+    Weighed as `settings` say; the sum is then the relative squared error that is expected of the finished sample, as
+    long as errors are small and add up.
+    """
+    names = list(statistics.settings.orders)
+    chosen = {name: torch.tensor([names.index(order) for order in layer.orders]) for name, layer in plan.layers.items()}
+    maps = _Maps(statistics, chosen, plan.phases, settings, "cpu")
+    found = torch.zeros(len(plan.layers), len(plan.phases), dtype=torch.float64)
+    for row, (name, layer) in enumerate(plan.layers.items()):
+        for column, phase in enumerate(plan.phases):
+            dropped = ~layer.mask[column].dense()
+            found[row, column] = phase.share * maps.ranked(name, column)[dropped].double().sum()
+    return found
+
+
 def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) -> Tensor:
     """Index into the statistics' orders for each head, (heads,).
 
@@ -171,10 +191,19 @@ class _Maps:
         levels, key = self.levels[phase], (layer, phase)
         score = self._of(MASK_SCORES[self.settings.mask_score](self.statistics, layer, levels, self.device), layer)
         if self.settings.budget == "layer_normalised":
-            score /= _size(self.statistics, layer, self.settings.mask_score).to(self.device)
+            size = _size(self.statistics, layer, self.settings.mask_score)
+            score *= self._weight(layer, levels) / float(size)
         if key not in self._heaviest:
             self._heaviest[key] = self._of(self.statistics.heaviest(layer, levels, self.device), layer)[..., None].cpu()
         return score.scatter_(-1, self._heaviest[key].to(self.device), torch.inf)
+
+    def _weight(self, layer: str, levels: list[float]) -> float:
+        """What an error of this layer at these noise levels matters, 1 where that was not measured."""
+        known = self.statistics.level_weights if self.settings.sensitivity else {}
+        if not known:
+            return 1.0
+        of_levels = sum(known[level] for level in levels) / len(levels)
+        return of_levels * self.statistics.layer_weights.get(layer, 1.0)
 
     def each_head(self, layer: str) -> Tensor:
         """Kept blocks at the same density in every head and phase, (phases, heads, Nq, Nk)."""

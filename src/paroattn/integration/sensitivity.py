@@ -1,0 +1,174 @@
+"""How much an attention error matters for the finished sample: blocks are dropped in one phase, or layer, at a time.
+
+A predicted error says what one attention loses of its own output. What becomes of it by the end depends on when it
+happens, and where: an error at high noise changes what the sample shows, one at low noise a texture. No formula knows;
+a few generations tell:
+
+    every prompt is generated with all blocks, and again with the blocks of one phase dropped at density 0.3
+    weight of a phase = squared difference of the latents / predicted error of what was dropped
+
+With layers, one at a time as well; the weight of a block is then that of its phase times that of its layer.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..capture import Statistics
+from ..plan.plan import Plan, TransformerPlan
+from ..plan.search import PlanSettings, make_plan, predicted_error
+from .apply import apply, remove
+from .generate import run
+
+SENSITIVITIES = ("none", "phases", "layers")
+PROBE_DENSITY = 0.3
+SMALLEST = 1e-6
+"""Of the largest weight; a phase that seems to matter not at all was too short to tell."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A plan that drops blocks in one phase or in one layer only.
+
+    Attributes:
+        component: Whose plan it is.
+        place: Index of the phase, or path of the layer.
+        plan: All blocks of the others are kept.
+    """
+
+    component: str
+    place: int | str
+    plan: TransformerPlan
+
+
+def check_sensitivity(what: str) -> None:
+    """Check the name of what is measured.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if what not in SENSITIVITIES:
+        raise ValueError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}; got {what!r}")
+
+
+def measure_sensitivity(
+    pipe: Any,
+    measured: Mapping[str, Statistics],
+    prompts: Sequence[str],
+    *,
+    what: str = "phases",
+    settings: PlanSettings | None = None,
+    steps: int,
+    precision: str | None = None,
+    seed: int = 0,
+    impl: str = "auto",
+    progress: Callable[[float], None] = lambda share: None,
+    **call: Any,
+) -> None:
+    """Measure weights of phases, and of layers, and keep them in the statistics.
+
+    Args:
+        pipe: The pipeline that was calibrated.
+        measured: Its statistics, from `collect`.
+        prompts: As there; each is generated once for every phase, once for every layer if asked, and once more.
+        what: "phases", "layers" for both, or "none".
+        settings: How the blocks that are dropped are chosen.
+        precision: Of the attention meanwhile; that of `settings` by default. The transformer's own is best.
+        steps, seed, impl, call: As in `calibrate`.
+        progress: Called with the share of the work done, 0…1.
+
+    Raises:
+        ValueError: If `what` is unknown, or the pipeline makes something that is not finite.
+    """
+    check_sensitivity(what)
+    if what == "none":
+        return
+    settings = replace(settings or PlanSettings(), density=PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
+    plans = {name: make_plan(each, settings) for name, each in measured.items()}
+    everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
+    probes = [probe for name, plan in plans.items() for probe in _probes(name, plan, what)]
+    errors: dict[tuple[str, int | str], list[float]] = {(each.component, each.place): [] for each in probes}
+    total, done = len(prompts) * (1 + len(probes)), 0
+
+    def latents(prompt: int, plan: Mapping[str, TransformerPlan]) -> Tensor:
+        nonlocal done
+        apply(pipe, Plan(plan), precision=precision, impl=impl)
+        try:
+            output = run(pipe, prompts[prompt], seed + prompt, steps=steps, output_type="latent", **call)
+        finally:
+            remove(pipe)
+        done += 1
+        progress(done / total)
+        return _tensor(output).float().cpu()
+
+    for prompt in range(len(prompts)):
+        exact = latents(prompt, everything)
+        power = exact.square().mean()
+        for probe in probes:
+            changed = latents(prompt, everything | {probe.component: probe.plan})
+            error = float((changed - exact).square().mean() / power)
+            if not math.isfinite(error):
+                raise ValueError(f"the pipeline's latents must be finite; {prompts[prompt]!r} gave NaN or infinity")
+            errors[probe.component, probe.place].append(error)
+    for name, statistics in measured.items():
+        found = {place: _typical(each) for (component, place), each in errors.items() if component == name}
+        _note(statistics, plans[name], found, predicted_error(statistics, plans[name], settings))
+
+
+def _probes(component: str, plan: TransformerPlan, what: str) -> Iterator[Probe]:
+    for place in range(len(plan.phases)):
+        yield Probe(component, place, _limited(plan, lambda layer, phase, place=place: phase == place))
+    if what == "layers":
+        for place in plan.layers:
+            yield Probe(component, place, _limited(plan, lambda layer, phase, place=place: layer == place))
+
+
+def _limited(plan: TransformerPlan, dropping: Callable[[str, int], bool]) -> TransformerPlan:
+    """The plan with all blocks kept but where `dropping` says so."""
+    everything = BlockMask.full(plan.heads, plan.grid.tokens, plan.block).bits
+    layers = {}
+    for name, layer in plan.layers.items():
+        phases = range(len(plan.phases))
+        bits = torch.stack([layer.mask.bits[phase] if dropping(name, phase) else everything for phase in phases])
+        layers[name] = replace(layer, mask=BlockMask(bits, layer.mask.key_blocks, plan.block))
+    return replace(plan, layers=layers)
+
+
+def _note(
+    statistics: Statistics, plan: TransformerPlan, found: Mapping[int | str, float], predicted: Tensor
+) -> None:  # fmt: skip
+    """Turn differences of latents into weights; predicted errors are (layers, phases), by share of the steps."""
+    phases = torch.tensor([found[place] for place in range(len(plan.phases))], dtype=torch.float64)
+    weights = _positive(phases / predicted.sum(0))
+    levels = {level: float(weights[plan.phase_at(level)]) for level in statistics.noise_levels}
+    layers = {}
+    if any(isinstance(place, str) for place in found):
+        each = torch.tensor([found[name] for name in plan.layers], dtype=torch.float64)
+        expected = predicted @ weights
+        factors = _positive(each / expected)
+        factors *= expected.sum() / (factors * expected).sum()
+        layers = dict(zip(plan.layers, factors.tolist(), strict=True))
+    statistics.level_weights, statistics.layer_weights = levels, layers
+    statistics.note()
+
+
+def _positive(weights: Tensor) -> Tensor:
+    weights = weights.nan_to_num(0.0, posinf=0.0)
+    largest = weights.max()
+    return weights.clamp_min(SMALLEST * float(largest)) if largest > 0 else torch.ones_like(weights)
+
+
+def _typical(errors: Sequence[float]) -> float:
+    """Geometric mean, since single samples may go to quite another picture."""
+    return math.exp(sum(math.log(max(error, 1e-30)) for error in errors) / len(errors))
+
+
+def _tensor(output: Any) -> Tensor:
+    """Latents that a pipeline returned for output_type="latent"."""
+    found = output.frames if hasattr(output, "frames") else output.images
+    return found if isinstance(found, Tensor) else torch.as_tensor(found)
