@@ -2,7 +2,8 @@
 
 Preparing gathers q, k and v in the heads' orders, smooths, rotates and quantises them and transposes V. Its bound is
 the time in which a copy on the same GPU, in the same run, moves as many bytes as are read and written if everything is
-read once and written once. K and V are read twice, since K's mean and V's scales come before what needs them.
+read once and written once. V is read twice and K an eighth more, since V's scales and K's mean come before what needs
+them.
 """
 
 import argparse

@@ -10,6 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md")
+CONTESTANTS = (
+    *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
+    ("sage2", 1.0),
+    ("sparge", 0.2),
+    ("flex", 0.2),
+    ("paro-authors", 0.2),
+)
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 RULE_NAMES = {
@@ -148,6 +155,28 @@ def attention_gpu() -> str:
     return text or NOTHING
 
 
+def attention_gpu_short() -> str:
+    """Speed-up of whole calls over cuDNN's dense bf16: one line per shape, a column for each contestant."""
+    text = ""
+    for gpu in GPUS:
+        rows = [row for row in rows_of(f"attention_{gpu}") if (row["includes"], row["mask"]) == ("call", "even")]
+        best: dict[tuple, float] = {}
+        for row in (row for row in rows if row["speedup_vs_cudnn"]):
+            key = (row["shape"], row["impl"], row["density"])
+            best[key] = max(best.get(key, 0.0), row["speedup_vs_cudnn"])
+        lines = []
+        for shape in dict.fromkeys(row["shape"] for row in rows):
+            found = [best.get((shape, *contestant)) for contestant in CONTESTANTS]
+            lines.append([shape, *("–" if x is None else f"{x:.2f}×" for x in found)])
+        head = ["against dense bf16 of cuDNN", *(f"{impl}, density {density:g}" for impl, density in CONTESTANTS)]
+        text += (
+            table(head, lines) + f"\nWhole calls, each at its best block and precision. {where(rows)}.\n"
+            if rows
+            else ""
+        )
+    return text or NOTHING
+
+
 def kernels_gpu() -> str:
     """Our kernels alone: one line per precision, block and kind of mask, one column per density."""
     text = ""
@@ -196,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "numerics": numerics,
     "attention-gpu": attention_gpu,
+    "attention-gpu-short": attention_gpu_short,
     "kernels-gpu": kernels_gpu,
     "prepare-gpu": prepare_gpu,
 }

@@ -41,6 +41,7 @@ def said(capsys) -> tuple[dict, str]:
 def test_calibrate_writes_statistics_and_the_plan_made_from_them(plan):
     files = {str(path.relative_to(plan)) for path in plan.rglob("*") if path.is_file()}
     assert files == {
+        "README.md",
         "transformer/plan.json",
         "transformer/plan.safetensors",
         "statistics/transformer/statistics.json",

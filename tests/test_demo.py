@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import paroattn
+from paroattn.block_mask import BlockMask
 from paroattn.capture import CaptureSettings
 from paroattn.demo.pipeline import MODEL, PLAN, DemoPipeline, load_demo, weights_sha256
 from paroattn.demo.prompt import (
@@ -19,6 +20,7 @@ from paroattn.demo.prompt import (
     prompt_of,
     words_of,
 )
+from paroattn.integration.apply import recording
 from paroattn.integration.calibrate import collect
 from paroattn.plan.plan import Plan
 
@@ -181,3 +183,27 @@ def test_tables_are_made_from_the_results():
     for page in tables.PAGES:
         text = (tables.ROOT / page).read_text()
         assert tables.filled(text) == text, f"{page} is out of date: run python benchmarks/tables.py"
+
+
+# Numbers of few bits on the model's own q, k and v
+
+
+@pytest.fixture(scope="module")
+def attentions(pipe):
+    """q, k and v (1, N, H, D) of the first, middle and last layer at the first step."""
+    found = {}
+    with recording(pipe, lambda layer, attn, q, k, v, *_: found.setdefault(layer, (q[:1], k[:1], v[:1]))):
+        clip(pipe, num_inference_steps=1)
+    return list(found.values())[::2]
+
+
+@pytest.mark.parametrize(("precision", "floor"), [("int8/fp8", 0.999), ("int8", 0.9995)])
+def test_dense_attention_of_8_bits_keeps_the_direction_of_the_output(attentions, precision, floor):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for q, k, v in attentions:
+        q, k, v = (x.to(device, torch.bfloat16) for x in (q, k, v))
+        exact = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
+        mask = BlockMask.full(q.shape[2], q.shape[1], (64, 128)).to(device)
+        got = paroattn.attention(q, k, v, mask, precision=precision)
+        cosine = torch.cosine_similarity(got.double().flatten(), exact.transpose(1, 2).flatten(), dim=0)
+        assert cosine >= floor, cosine

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
@@ -35,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paroattn.block_mask import blocks_of
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.grid import Grid, Layout, TextSpan
-from paroattn.integration import models
+from paroattn.integration import backend, models
 from paroattn.integration.adapters import ADAPTERS, dispatching
 from paroattn.integration.apply import apply, dense, recording, remove, report, set_noise_level
 from paroattn.integration.calibrate import calibrate, collect, output_projection
@@ -272,7 +274,7 @@ class TestReferenceImages:
         with applied(model, variant.plan(grid=both, density=1)):
             assert difference(forward(model, inputs), expected) < 1e-5
 
-    @pytest.mark.parametrize("wrong", ["shuffled", "shorter", "layered", "negative"])
+    @pytest.mark.parametrize("wrong", ["shuffled", "shorter", "layered", "interleaved", "negative"])
     def test_places_that_are_no_raster_have_no_grid(self, wrong):
         variant, inputs = VARIANTS["flux.2"], VARIANTS["flux.2"].call()
         places = inputs["img_ids"][0].clone()
@@ -282,6 +284,8 @@ class TestReferenceImages:
             places = places[:-1]
         elif wrong == "layered":
             places[100:, 3] = 1
+        elif wrong == "interleaved":
+            places = positions(1, 7, 15, 2)
         else:
             places -= 1
         with pytest.raises(GridUnknown, match="210 tokens that are no single grid"):
@@ -377,7 +381,22 @@ class TestPaddedText:
         with applied(model, plan):
             assert difference(forward(model, inputs), expected) < 1e-5
 
-    def test_a_prompt_without_any_real_token_is_no_special_case(self):
+    @pytest.mark.parametrize("side", ["prefix", "suffix"])
+    def test_real_text_is_moved_to_the_front_on_either_side(self, side):
+        layout = Layout(Grid(1, 2, 3), TextSpan(4, side))
+        real = torch.tensor([[False, True, False, True], [True, True, True, False]])
+        video = torch.ones(2, 6, dtype=torch.bool)
+        mask = torch.cat([real, video] if side == "prefix" else [video, real], 1)
+        tokens = torch.arange(20.0).view(2, 10, 1, 1).expand(2, 10, 2, 3)
+        (found,) = backend._real_text_first(layout, mask[:, None, None], tokens)
+        text = [1, 3, 0, 2, 10, 11, 12, 13] if side == "prefix" else [7, 9, 6, 8, 16, 17, 18, 19]
+        rest = [*range(4, 10), *range(14, 20)] if side == "prefix" else [*range(6), *range(10, 16)]
+        ahead = 0 if side == "prefix" else 6
+        assert found[:, ahead : ahead + 4, 1, 2].flatten().tolist() == text
+        kept = torch.cat([found[:, :ahead], found[:, ahead + 4 :]], 1)[..., 0, 0]
+        assert kept.flatten().tolist() == rest
+
+    def test_a_prompt_of_one_real_token_is_no_special_case(self):
         variant, model = VARIANTS["mochi"], of(VARIANTS["mochi"])
         inputs = variant.call(2)
         inputs["encoder_attention_mask"][0] = False
@@ -553,6 +572,27 @@ class TestProcessors:
             assert type(attn.processor) in ADAPTERS.values()
         assert difference(forward(model, inputs), expected) < 1e-6
 
+    @pytest.mark.parametrize("name", ["flux", "qwen-image"])
+    def test_diffusers_skips_a_planned_layer_as_it_skips_the_original(self, name):
+        model = VARIANTS[name].build()
+        registry = AttentionProcessorRegistry
+        expected = [registry.get(type(attn.processor)) for attn in self_attentions(model).values()]
+        apply(model, VARIANTS[name].plan())
+        assert [registry.get(type(attn.processor)) for attn in self_attentions(model).values()] == expected
+
+    def test_a_layer_that_skips_the_dispatcher_runs_dense_as_without_a_plan(self, monkeypatch):
+        variant, model, used = VARIANTS["mochi"], of(VARIANTS["mochi"]), []
+        dispatch = backend.dispatch_attention_fn
+
+        def watched(*args, backend, **rest):
+            used.append(backend)
+            return dispatch(*args, backend=AttentionBackendName.NATIVE, **rest)
+
+        monkeypatch.setattr(backend, "dispatch_attention_fn", watched)
+        with applied(model, variant.plan()), dense(model), attention_backend("_native_math"):
+            forward(model, variant.call())
+        assert used == [AttentionBackendName.NATIVE] * 2
+
     def test_others_are_left_alone(self):
         other = AttnProcessor2_0()
         assert dispatching(other) is other
@@ -570,6 +610,8 @@ class TestProcessors:
         variant, inputs, plan = VARIANTS[name], VARIANTS[name].call(2), VARIANTS[name].plan(density=0.4)
         model = variant.build()
         model.fuse_qkv_projections()
+        for attn in self_attentions(model).values():
+            attn.to_q.weight.zero_()  # from now on only the fused one counts
         fused = dict(model.attn_processors)
         stock = forward(model, inputs)
         with masked(model, variant, plan, monkeypatch):

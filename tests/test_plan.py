@@ -12,7 +12,7 @@ from paroattn.capture import BlockStats, CaptureSettings, Statistics
 from paroattn.files import writing_folder
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.phases import Phase, phase_at, phases_of
-from paroattn.plan.plan import LayerPlan, Plan, PlanError, TransformerPlan
+from paroattn.plan.plan import FOLDER, LayerPlan, Plan, PlanError, TransformerPlan
 from paroattn.plan.search import BUDGETS, PlanSettings, make_plan
 
 GRID = Grid(3, 4, 5)
@@ -204,9 +204,9 @@ def test_a_plan_survives_save_and_load(tmp_path):
     assert again.made["settings"]["density"] == 0.4
 
 
-def test_only_json_and_safetensors_are_written(tmp_path):
+def test_only_json_safetensors_and_a_card_are_written(tmp_path):
     names = {path.name for path in _saved(tmp_path).rglob("*") if path.is_file()}
-    assert names == {"plan.json", "plan.safetensors"}
+    assert names == {"plan.json", "plan.safetensors", "README.md"}
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
@@ -303,7 +303,7 @@ def test_saving_fails_before_writing_where_it_must_not_or_cannot_write(tmp_path)
 def test_a_failure_while_writing_leaves_the_old_plan_and_nothing_half_written(tmp_path):
     folder = _saved(tmp_path)
     before = (folder / "transformer" / "plan.json").read_text()
-    with pytest.raises(KeyError), writing_folder(folder, ("transformer",)) as scratch:
+    with pytest.raises(KeyError), writing_folder(folder, FOLDER) as scratch:
         (scratch / "half").write_text("written")
         raise KeyError("the disk is full")
     assert (folder / "transformer" / "plan.json").read_text() == before
@@ -329,27 +329,6 @@ def test_saving_over_a_plan_replaces_it(tmp_path):
     _saved(tmp_path)
     folder = _saved(tmp_path, make_plan(_statistics(), PlanSettings(0.9, orders=ORDERS)))
     assert Plan.from_pretrained(folder)["transformer"].made["settings"]["density"] == 0.9
-
-
-def test_a_plan_is_pushed_as_it_is_saved(monkeypatch):
-    seen = {}
-
-    class Api:
-        def __init__(self, token):
-            seen["token"] = token
-
-        def create_repo(self, repo_id, private, exist_ok):
-            seen["created"] = (repo_id, private, exist_ok)
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            seen["plan"] = Plan.from_pretrained(folder_path)["transformer"]
-            return type("Commit", (), {"commit_url": f"hub/{repo_id}/1"})
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    plan = _plan()
-    assert Plan({"transformer": plan}).push_to_hub("me/plan", private=True, token="secret") == "hub/me/plan/1"
-    assert (seen["token"], seen["created"]) == ("secret", ("me/plan", True, True))
-    assert seen["plan"].phases == plan.phases
 
 
 # Fit

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from paroattn.kernels import reference
 from paroattn.precision import FORMATS, Precision, hadamard, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from paroattn.kernels import prepare, sparse
+from paroattn.kernels import prepare, sparse, tiles
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,7 +202,7 @@ def test_p_is_rounded_as_the_reference_says(keys):
     scores = (got.q.double() @ got.k.double().mT) * got.q_scale[..., None] * got.k_scale[..., None]
     expected = (255 * (scores - scores.amax(-1, keepdim=True)).exp2()).round()
     p = 255 * out / out.amax(-1, keepdim=True)
-    assert (p - p.round()).abs().max() <= 1e-3
+    assert (p - p.round()).abs().max() <= 1e-2
     assert off_by_one(p.round(), expected) <= (1e-4 if DEVICE == "cuda" else 2e-3)  # the interpreter fuses no product
     assert expected.mean() > 10
     torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), atol=1e-5, rtol=0)
@@ -228,7 +229,7 @@ def test_bf16_tensors_do_as_well():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("block", sparse.BLOCKS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("block", tiles.BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv"])
 def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
     case = Case(TextSpan(70, "suffix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
@@ -237,12 +238,12 @@ def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [40, 64, 128])
-@pytest.mark.parametrize("block", sparse.BLOCKS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("block", tiles.BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("precision", ["int8/fp8", "int8"])
 def test_the_portable_kernel_agrees_with_the_one_for_this_gpu(precision, block, dim, monkeypatch):
     case = Case(TextSpan(70, "prefix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
     out, lse = case.run(precision)
-    monkeypatch.setattr(sparse, "HAS_GLUON", False)
+    monkeypatch.setattr(tiles, "HAS_GLUON", False)
     portable, portable_lse = case.run(precision)
     assert (out - portable)[case.real].norm() <= 5e-3 * portable[case.real].norm()
     assert (lse - portable_lse).transpose(1, 2)[case.real].abs().max() <= 1e-2
@@ -251,7 +252,7 @@ def test_the_portable_kernel_agrees_with_the_one_for_this_gpu(precision, block, 
 def test_descriptors_and_pointers_load_the_same(monkeypatch):
     case, results = Case(TextSpan(23, "prefix"), True, (128, 128), grid=Grid(3, 5, 7)), []
     for descriptors in (False, True):
-        monkeypatch.setattr(sparse, "tile_of", lambda *_, d=descriptors: sparse.Tile(64, 4, 2, d))
+        monkeypatch.setattr(sparse, "tile_of", lambda *_, d=descriptors: tiles.Tile(64, 4, 2, d))
         results.append([case.run(precision)[0] for precision in ("int8", "fp16")])
     for pointer, descriptor in zip(*results, strict=True):
         assert torch.equal(pointer, descriptor)
@@ -285,7 +286,8 @@ def test_slices_of_a_fused_projection_do_as_well():
     expected, _ = case.run("int8")
     case.q, case.k, case.v = torch.stack([case.q, case.k, case.v], -1).unbind(-1)
     assert case.q.stride(-1) == 3
-    assert torch.equal(case.run("int8")[0], expected)
+    got, _ = case.run("int8")
+    assert (got - expected).norm() <= (0 if DEVICE == "cpu" else 2e-3) * expected.norm()  # compiled anew on a GPU
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -436,11 +438,24 @@ def test_a_missing_triton_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_every_gpu_has_a_tile(capability):
-    for precision in ("int8", "int8/fp8", "fp16", "int8-qk"):
-        for d_pad in (64, 128):
-            tile = sparse.tile_of(capability, Precision.parse(precision), d_pad)
-            assert not tile.descriptors or capability >= (9, 0)
+def test_every_gpu_has_a_tile(capability, monkeypatch):
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "HAS_GLUON", False)
+    for precision, block, d_pad in product(("int8", "int8/fp8", "fp16", "int8-qk"), tiles.BLOCKS, (64, 128)):
+        tile = tiles.tile_of(capability, Precision.parse(precision), block, d_pad)
+        assert isinstance(tile, tiles.Tile) and (not tile.descriptors or capability[0] == 9)
+
+
+def test_hopper_has_its_own_kernel_for_products_of_8_bits(monkeypatch):
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    for precision, block, d_pad in product(("int8", "int8/fp8", "bf16", "int8-qk"), tiles.BLOCKS, (64, 128)):
+        formats = Precision.parse(precision)
+        ring = tiles.tile_of((9, 0), formats, block, d_pad)
+        assert isinstance(ring, tiles.Ring) == (formats.pv in ("int8", "fp8"))
+        assert isinstance(tiles.tile_of((10, 0), formats, block, d_pad), tiles.Tile)
+        with monkeypatch.context() as old_triton:
+            old_triton.setattr(tiles, "HAS_GLUON", False)
+            assert isinstance(tiles.tile_of((9, 0), formats, block, d_pad), tiles.Tile)
 
 
 def compiled(*options: str) -> list[dict]:

@@ -21,12 +21,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path} must be at most {LARGEST_JSON} bytes; got {path.stat().st_size}")
     try:
-        described = json.loads(path.read_bytes())
-    except ValueError as error:
+        described = json.loads(path.read_bytes(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(described, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(described).__name__}")
     return described
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 @contextmanager
@@ -63,13 +67,16 @@ def check_writable(folder: str | os.PathLike, holds: Collection[str]) -> None:
     """Raise before any long work if `folder` cannot be written later.
 
     Raises:
-        FileExistsError: If it exists and has anything but names in `holds`.
+        FileExistsError: If it exists and has anything but names in `holds`, or a README.md alone.
         PermissionError: If it or its parent cannot be written.
     """
     final = Path(folder).absolute()
     if final.exists() and not final.is_dir():
         raise FileExistsError(f"{final} is a file; give the name of a folder to write")
-    others = sorted(path.name for path in final.iterdir() if path.name not in holds) if final.is_dir() else []
+    found = sorted(path.name for path in final.iterdir()) if final.is_dir() else []
+    others = (
+        found if found == ["README.md"] else [name for name in found if name not in holds]
+    )  # a card of ours has company
     if others:
         raise FileExistsError(f"{final} holds something else ({others[0]}), which would be lost; give another folder")
     try:

@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch import Tensor
 from torch.nn import functional as F
 
+_rotated: Any = apply_rotary_emb  # its annotations promise two tensors
 OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -46,13 +47,12 @@ class CogVideoXProcessor(Dispatching):
         text = encoder_hidden_states.shape[1]
         both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, both.shape[1], both.shape[0])
-            attention_mask = attention_mask.view(both.shape[0], attn.heads, -1, attention_mask.shape[-1])
+            for_each_head: Tensor = attn.prepare_attention_mask(attention_mask, both.shape[1], both.shape[0])
+            attention_mask = for_each_head.view(both.shape[0], attn.heads, -1, for_each_head.shape[-1])
         q, k, v = _normalised(attn, _heads(attn, both))
         if image_rotary_emb is not None:
             q, k = (
-                torch.cat([x[:, :text], apply_rotary_emb(x[:, text:], image_rotary_emb, sequence_dim=1)], dim=1)
-                for x in (q, k)
+                torch.cat([x[:, :text], _rotated(x[:, text:], image_rotary_emb, sequence_dim=1)], dim=1) for x in (q, k)
             )
         out = _projected(attn, self.attend(q, k, v, attention_mask))
         return out[:, text:], out[:, :text]
@@ -104,14 +104,15 @@ class MochiProcessor(Dispatching):
         video = hidden_states.shape[1]
         q, k, v = _normalised(attn, _heads(attn, hidden_states))
         if image_rotary_emb is not None:
-            q, k = (_rotated_in_pairs(x, *image_rotary_emb) for x in (q, k))
+            q, k = (_rotated_by_head(x, *image_rotary_emb) for x in (q, k))
         padded = ~attention_mask.bool()
         first = padded.to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
         added = _normalised(attn, _heads(attn, encoder_hidden_states, ADDED), "added_")
         added = [x.gather(1, first.expand_as(x)) for x in added]
         real = ~padded.sort(dim=1, stable=True).values
         mask = F.pad(real, (video, 0), value=True)[:, None, None]
-        out = self.attend(*(torch.cat(pair, dim=1) for pair in zip((q, k, v), added, strict=True)), mask)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), added, strict=True))
+        out = self.attend(q, k, v, mask)
         text = out[:, video:] * real[..., None]
         return _projected(attn, out[:, :video]), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
@@ -130,7 +131,7 @@ class HunyuanVideo15Processor(Dispatching):
         video = hidden_states.shape[1]
         q, k, v = _normalised(attn, _heads(attn, hidden_states))
         if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+            q, k = (_rotated(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
         if encoder_hidden_states is not None:
             added = _normalised(attn, _heads(attn, encoder_hidden_states, ADDED), "added_")
             q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), added, strict=True))
@@ -179,7 +180,7 @@ def _projected(attn: Any, x: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](x))
 
 
-def _rotated_in_pairs(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def _rotated_by_head(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary embedding of neighbouring channels, another one for every head."""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     parts = (even * cosines - odd * sines, even * sines + odd * cosines)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..grid import Layout
 from ..kernels.library import IMPLEMENTATIONS
-from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan
+from ..plan.plan import COMPONENTS, Plan, PlanError, TransformerPlan, own_config
 from ..precision import Precision
 from .backend import Call, Observer
 from .hook import PlanHook, hook_of
@@ -47,7 +48,7 @@ def apply(
     for name, part in plans.items():
         _check_free(transformers[name])
         sizes = {layer: head_size(attn) for layer, attn in self_attentions(transformers[name]).items()}
-        part.check_fits(type(transformers[name]).__name__, sizes)
+        part.check_fits(type(transformers[name]).__name__, sizes, own_config(transformers[name]))
     hooks = {name: PlanHook(transformers[name], pipeline, part, **settings) for name, part in plans.items()}
     for name, hook in hooks.items():
         hook.install(transformers[name])
@@ -161,6 +162,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _plans(transformers: dict[str, nn.Module], pipeline: Any, plan: Any, strict: bool) -> dict[str, TransformerPlan]:
     if isinstance(plan, TransformerPlan) and len(transformers) == 1:
+        for transformer in transformers.values():
+            _check_expert(transformer, plan)
         return dict.fromkeys(transformers, plan)
     if not isinstance(plan, Plan) or pipeline is None:
         takes = "a Plan" if pipeline is not None else 'a TransformerPlan, such as plan["transformer"],'
@@ -175,13 +178,26 @@ def _plans(transformers: dict[str, nn.Module], pipeline: Any, plan: Any, strict:
     return fitting
 
 
+def _check_expert(transformer: nn.Module, plan: TransformerPlan) -> None:
+    """Two experts have one configuration; a pipeline that loads them leaves their names in the path."""
+    loaded_as = Path(getattr(getattr(transformer, "config", None), "_name_or_path", None) or "").name
+    if loaded_as in COMPONENTS and plan.component is not None and plan.component != loaded_as:
+        raise PlanError(
+            f"the plan was made for {plan.component}; this model was loaded as {loaded_as}. Give each transformer its "
+            "own part of the plan, or apply to the pipeline."
+        )
+
+
 def _check_free(transformer: nn.Module) -> None:
     hook = hook_of(transformer)
     if hook is not None:
         state = "is being recorded" if hook.plan is None else "has a plan applied"
         raise ValueError(f"the transformer must carry no plan; this one {state}. Call paroattn.remove first.")
     if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError("the transformer must be whole on one device; this one is split by enable_parallelism")
+        raise ValueError(
+            "the transformer must be whole on one device; this one is split by enable_parallelism. Load it without, and "
+            "run other prompts on the other devices."
+        )
 
 
 def _applied(target: Any, recording: bool = False) -> dict[str, tuple[nn.Module, PlanHook]]:

@@ -222,8 +222,8 @@ def paro_backend() -> Any:
 
 
 def _dense_backend(layer: Layer) -> Any:
-    """The backend that the layer would run without a plan: its own, else the active one."""
-    chosen = getattr(layer.original, "_attention_backend", None)
+    """The backend that the layer would run without a plan: its own, else the active one if it looks at that."""
+    chosen = getattr(layer.original, "_attention_backend", NATIVE)
     if chosen is None:
         chosen, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
     return NATIVE if chosen == NAME else chosen
@@ -231,8 +231,9 @@ def _dense_backend(layer: Layer) -> Any:
 
 def _is_beside(layout: Layout | None, query: Tensor, key: Tensor) -> bool:
     """Whether a joint layer's processor looks from the video alone at something else, such as an IP-adapter's image."""
-    joint = layout is not None and layout.text.tokens > 0
-    return joint and query.shape[1] == layout.grid.tokens and key.shape[1] != query.shape[1]
+    if layout is None or layout.text.tokens == 0:
+        return False
+    return query.shape[1] == layout.grid.tokens and key.shape[1] != query.shape[1]
 
 
 def _why_dense(

@@ -16,7 +16,7 @@ from ..files import check_writable, writing_folder
 from ..grid import Grid, Layout, TextSpan
 from ..kernels.attention import OWN_PRECISION
 from ..kernels.block_stats import block_stats
-from ..plan.plan import COMPONENTS, Plan
+from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
 from ..plan.search import PlanSettings, make_plan
 from .apply import recording
 from .generate import run
@@ -146,8 +146,10 @@ def collect(
         for index, prompt in enumerate(prompts):
             collector.prompt = index
             run(pipe, prompt, seed + index, steps=steps, output_type="latent", **call)
-    for each in collector.statistics.values():
-        each.made = made | {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
+    made["model"] = _name_on_hub(pipe)
+    for name, each in collector.statistics.items():
+        measured = {"capture": asdict(each.settings), "noise_levels": each.noise_levels}
+        each.made = made | measured | {"component": name, "config": own_config(transformers[name])}
     return collector.statistics
 
 
@@ -246,7 +248,7 @@ def output_projection(transformer: nn.Module, layer: str, attention: Any, dtype:
     Blocks with one stream project attention and feed-forward together, attention first. Weights in a quantised form are
     read through the layer, in `dtype`.
     """
-    projection = getattr(attention, "to_out", None)
+    projection: Any = getattr(attention, "to_out", None)
     if projection is None:
         projection = transformer.get_submodule(layer.rpartition(".")[0]).proj_out
     if isinstance(projection, nn.ModuleList | nn.Sequential):
@@ -262,6 +264,12 @@ def _through(linear: Any, inputs: int, device: torch.device, dtype: torch.dtype)
     """Weights of the first inputs, (channels, inputs), from what a layer makes of each alone."""
     unit = torch.eye(inputs, linear.in_features, device=device, dtype=dtype)
     return ((linear(unit * LOUD) - linear(torch.zeros_like(unit[:1]))) / LOUD).mT
+
+
+def _name_on_hub(pipe: Any) -> str | None:
+    """Id of the repository that the pipeline was loaded from; a folder of this machine is nobody else's business."""
+    name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _is_plain(value: Any) -> bool:

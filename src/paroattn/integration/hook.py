@@ -6,6 +6,7 @@ copy. Only the cache context and the reset come through a diffusers hook, on an 
 """
 
 import inspect
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -73,6 +74,7 @@ class PlanHook(ModelHook):
         self.grids: Counter[str] = Counter()
         self.replaced: list[str] = []
         self.dense_depth = 0
+        self._thread: int | None = None
         self._signature = inspect.signature(type(transformer).forward)
         self._warned: set[str] = set()
         self._tables: dict[tuple[TextSpan, torch.device], Tensor] = {}
@@ -118,6 +120,12 @@ class PlanHook(ModelHook):
     @_eager
     def before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Look at a call and decide how its layers run."""
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "the transformer must run one call at a time; this one is running in another thread, whose masks it "
+                "would take. Give every thread a pipeline of its own (copy.deepcopy)."
+            )
+        self._thread = threading.get_ident()
         arguments = self._signature.bind_partial(transformer, *args, **kwargs).arguments
         grid, has = self._grid(transformer, arguments)
         text = self.spec.text(transformer, arguments)
@@ -132,8 +140,10 @@ class PlanHook(ModelHook):
         self.calls["sparse" if reason is None else reason] += 1
         self.grids[has] += 1
 
+    @_eager
     def after(self, *_: Any) -> None:
-        self.call = None
+        if self._thread == threading.get_ident():  # a call that was refused ends here too
+            self.call = self._thread = None
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.schedule.reset()

@@ -75,7 +75,7 @@ def ltx_grid(transformer: Any, arguments: Arguments) -> Grid:
     """Grid of packed latents (B, N, C) whose size the call gives as num_frames, height and width."""
     if arguments.get("video_self_attention_mask") is not None:
         raise GridUnknown("a mask over its video tokens")
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    sizes: list[Any] = [arguments.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes:
         raise GridUnknown("no num_frames, height and width")
     return _whole(
@@ -121,7 +121,7 @@ def text_span(
     return TextSpan(sum(each.shape[1] for each in given if each is not None), side)
 
 
-_grids_read: "WeakTensorKeyDictionary[Tensor, Grid | None]" = WeakTensorKeyDictionary()
+_grids_read = WeakTensorKeyDictionary()
 
 
 def _read_grid(places: Tensor) -> Grid | None:

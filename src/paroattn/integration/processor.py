@@ -32,7 +32,6 @@ def planned_processor(layer: Layer, adapter: Any = None) -> Any:
         vars(processor).pop(slot, None)
     processor.__class__ = _planned_class(type(base))
     processor._paro_layer, processor._parallel_config = layer, None
-    _allow_layer_skip(type(processor), type(layer.original))
     return processor
 
 
@@ -52,7 +51,9 @@ def _planned_class(cls: type) -> type:
 
     backend = paro_backend()
     slot = property(lambda self: backend, choose_dense)
-    return type(f"Paro{cls.__name__}", (cls,), {"__call__": __call__, "_attention_backend": slot})
+    planned = type(f"Paro{cls.__name__}", (cls,), {"__call__": __call__, "_attention_backend": slot})
+    _allow_layer_skip(planned, cls)
+    return planned
 
 
 def _allow_layer_skip(planned: type, cls: type) -> None:

@@ -25,17 +25,17 @@ from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from .reference import MEAN_OF_EVERY
+from .tiles import INTERPRETED
 
 LOG2_E = 1.4426950408889634
 BIAS = 0x4B400000
 """These bits plus s, read as float32, are 12582912 + s for every integer |s| < 2²²."""
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
 # fastest of those measured on an H200, for head dimensions 64 and 128
 TOKENS_PER_SUM = 256
 TOKENS_AT_ONCE = 32
 BLOCKS_AT_ONCE = 4
-STAGES = 2
+STAGES = 3
 
 
 @dataclass(frozen=True)
@@ -93,31 +93,49 @@ def _rotate(x, signs, ON_GPU: tl.constexpr):
 
 
 @triton.jit
-def _sum_kernel(
-    x_ptr, table_ptr, order_ptr, valid_ptr, out_ptr,
-    stride_b, stride_n, stride_h, stride_d,
-    N, H, CHUNKS,
+def _chunk(
+    x_ptr, row_ptr, out_ptr, stride_n, stride_d, start, limit,
     LARGEST: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sum, or largest magnitude, of every EVERY-th real token of a chunk; grid (chunks, B·H)."""
-    chunk, bh = tl.program_id(0), tl.program_id(1)
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    valid = tl.load(valid_ptr + b).to(tl.int32)
-    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
-    x_ptr += b * stride_b + h * stride_h
+    """Sum, or largest magnitude, of every EVERY-th token of a chunk."""
     found = tl.zeros([STEP, D_PAD], tl.float32)
-    for start in range(0, TOKENS, STEP):
-        n = (chunk * TOKENS + start + tl.arange(0, STEP)) * EVERY
-        real = n < valid
+    for first in range(start, start + TOKENS, STEP):
+        n = (first + tl.arange(0, STEP)) * EVERY
+        real = n < limit
         position = tl.load(row_ptr + n, mask=real, other=0)
         x = _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD).to(tl.float32)
         if LARGEST:
             found = tl.maximum(found, tl.abs(x))
         else:
             found += x
-    out = out_ptr + (bh.to(tl.int64) * CHUNKS + chunk) * D_PAD + tl.arange(0, D_PAD)
-    tl.store(out, tl.max(found, 0) if LARGEST else tl.sum(found, 0))
+    tl.store(out_ptr + tl.arange(0, D_PAD), tl.max(found, 0) if LARGEST else tl.sum(found, 0))
+
+
+@triton.jit
+def _sum_kernel(
+    k_ptr, v_ptr, table_ptr, order_ptr, valid_ptr, sums_ptr, largest_ptr,
+    k_stride_b, k_stride_n, k_stride_h, k_stride_d,
+    v_stride_b, v_stride_n, v_stride_h, v_stride_d,
+    N, H, K_CHUNKS, V_CHUNKS,
+    EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Sums of every EVERY-th real token of K and largest |V|, by chunks; grid (K's and V's chunks, B·H)."""
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    limit = tl.load(valid_ptr + b).to(tl.int32)
+    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
+    if chunk < K_CHUNKS:
+        k_ptr += b * k_stride_b + h * k_stride_h
+        sums_ptr += (bh * K_CHUNKS + chunk) * D_PAD
+        _chunk(k_ptr, row_ptr, sums_ptr, k_stride_n, k_stride_d, chunk * TOKENS, limit,
+               False, EVERY, D, D_PAD, TOKENS, STEP)  # fmt: skip
+    else:
+        chunk -= K_CHUNKS
+        v_ptr += b * v_stride_b + h * v_stride_h
+        largest_ptr += (bh * V_CHUNKS + chunk) * D_PAD
+        _chunk(v_ptr, row_ptr, largest_ptr, v_stride_n, v_stride_d, chunk * TOKENS, limit,
+               True, 1, D, D_PAD, TOKENS, STEP)  # fmt: skip
 
 
 @triton.jit
@@ -294,21 +312,18 @@ def prepare(
     signs = _signs(d_pad, q.dtype, q.device)
     mean, centre, v_scale = (empty(d_pad) for _ in range(3))
 
-    def chunks(x: Tensor, largest: bool, every: int) -> Tensor:
-        count = triton.cdiv(triton.cdiv(tokens, every), TOKENS_PER_SUM)
-        out = empty(count, d_pad)
-        _sum_kernel[(count, batch * heads)](
-            x, out_ptr=out, **tokens_args, **_strides(x), CHUNKS=count, LARGEST=largest, EVERY=every, **sizes,
-            TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE,
-        )  # fmt: skip
-        return out
-
     if smoothed or scaled:
-        sums, largest = chunks(k, False, MEAN_OF_EVERY) if smoothed else None, chunks(v, True, 1) if scaled else None
-        of_k, of_v = (0 if x is None else x.shape[2] for x in (sums, largest))
+        k_chunks = triton.cdiv(tokens, MEAN_OF_EVERY * TOKENS_PER_SUM) * smoothed
+        v_chunks = triton.cdiv(tokens, TOKENS_PER_SUM) * scaled
+        sums, largest = empty(k_chunks, d_pad), empty(v_chunks, d_pad)
+        chunks = {"K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks}
+        _sum_kernel[(k_chunks + v_chunks, batch * heads)](
+            k, v, sums_ptr=sums, largest_ptr=largest, **tokens_args, **_strides(k, "k_"), **_strides(v, "v_"), **chunks,
+            EVERY=MEAN_OF_EVERY, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE,
+        )  # fmt: skip
         _finish_kernel[(batch * heads,)](
-            sums, largest, valid, signs, mean, centre, v_scale, heads, of_k, of_v,
-            FORMATS[precision.pv].highest or 1.0, **constants, HAS_K=smoothed, HAS_V=scaled,
+            sums, largest, valid, signs, mean, centre, v_scale, heads, **chunks,
+            v_top=FORMATS[precision.pv].highest or 1.0, **constants, HAS_K=smoothed, HAS_V=scaled,
             EVERY=MEAN_OF_EVERY, D_PAD=d_pad, STEP=TOKENS_AT_ONCE,
         )  # fmt: skip
 

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..precision import Precision
-from .prepare import INTERPRETED, LOG2_E, Operands, prepare
-from .sparse import BLOCKS, LARGEST_HEAD, Tile, _exp2, capability
+from .prepare import LOG2_E, Operands, prepare
+from .sparse import _exp2
+from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, Tile, capability
 
 PRECISIONS = {
     torch.bfloat16: Precision("bf16", "bf16"),

@@ -4,11 +4,14 @@ A plan is a folder with one sub-folder per transformer of the pipeline, `PLAN/tr
 `plan.safetensors` (`transformer_2/` for a second expert). Only JSON and safetensors are ever read.
 """
 
+import copy
 import hashlib
+import inspect
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +31,13 @@ from ..precision import Precision
 FORMAT_VERSION = 1
 COMPONENTS = ("transformer", "transformer_2")
 STATISTICS = "statistics"
-FOLDER = (*COMPONENTS, STATISTICS)
+CARD = "README.md"
+FOLDER = (*COMPONENTS, STATISTICS, CARD)
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "owner/name"
+HEADER_BYTES = 2**20  # room for names and shapes of the tensors
+_MODULE_PATH = re.compile(r"\w+(\.\w+)*")
+_DAMAGED = "Fetch or make the plan again."
+_CALIBRATE = "Make a plan for this model with paroattn.calibrate or `paro calibrate`."
 
 
 class PlanError(ValueError):
@@ -63,6 +72,8 @@ class TransformerPlan:
         phases: From high noise to low.
         layers: Decisions by module path.
         made: How the plan was made; free JSON.
+        config: Configuration of the calibrated model, from `own_config`; None if unknown, which is not checked.
+        component: Which of the pipeline's transformers it is for; None if unknown.
     """
 
     model_class: str
@@ -74,8 +85,13 @@ class TransformerPlan:
     phases: tuple[Phase, ...]
     layers: Mapping[str, LayerPlan]
     made: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    component: str | None = None
 
     def __post_init__(self):
+        for name, size in (("heads", self.heads), ("head_dim", self.head_dim)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise PlanError(f"{name} of a plan must be a positive integer; got {size!r}")
         shape = (
             len(self.phases),
             self.heads,
@@ -87,7 +103,11 @@ class TransformerPlan:
         ends = [phase.lowest_noise for phase in self.phases]
         if ends[-1] != 0 or any(high <= low for high, low in pairwise(ends)):
             raise PlanError(f"phases must end at falling noise levels, the last one at 0; got {ends}")
+        if any(phase.share <= 0 for phase in self.phases) or abs(sum(phase.share for phase in self.phases) - 1) > 1e-6:
+            raise PlanError(f"shares of the phases must be positive and sum to 1; got {[p.share for p in self.phases]}")
         for name, layer in self.layers.items():
+            if not _MODULE_PATH.fullmatch(name):
+                raise PlanError(f"layers must be named by module path, such as blocks.0.attn1; got {name!r}")
             mask = layer.mask
             found = (*mask.bits.shape[:-1], mask.key_blocks)
             if found != shape or mask.block != self.block:
@@ -119,17 +139,25 @@ class TransformerPlan:
         """Index of the phase that a noise level belongs to."""
         return phase_at(self.phases, noise_level)
 
-    def check_fits(self, model_class: str, layers: Mapping[str, tuple[int, int]]) -> None:
+    @property
+    def config_sha256(self) -> str | None:
+        """SHA-256 of the calibrated model's configuration, None if unknown."""
+        return None if self.config is None else _sha256(self.config)
+
+    def check_fits(
+        self, model_class: str, layers: Mapping[str, tuple[int, int]], config: Mapping[str, Any] | None = None
+    ) -> None:
         """Check that the plan was made for this model.
 
         Args:
             model_class: Class name of the transformer.
             layers: (heads, head dimension) of each self-attention by module path.
+            config: The transformer's configuration, from `own_config`; None leaves it unchecked.
 
         Raises:
             PlanError: Naming what differs, both sides and the remedy.
         """
-        remedy = "Make a plan for this model with paroattn.calibrate or `paro calibrate`."
+        remedy = _CALIBRATE
         if model_class != self.model_class:
             raise PlanError(f"the plan was made for {self.model_class}; this model is {model_class}. {remedy}")
         missing, unknown = sorted(set(layers) - set(self.layers)), sorted(set(self.layers) - set(layers))
@@ -147,6 +175,29 @@ class TransformerPlan:
                     f"{name}: the plan has {self.heads} heads of dimension {self.head_dim}, "
                     f"the model {heads} of {head_dim}. {remedy}"
                 )
+        if self.config is not None and config is not None and _sha256(config) != self.config_sha256:
+            ours, theirs = _differing(self.config, config)
+            raise PlanError(
+                f"the plan was made for a {self.model_class} with {ours} (configuration {_short(self.config_sha256)}); "
+                f"this model has {theirs} ({_short(_sha256(config))}). {remedy}"
+            )
+
+
+def own_config(transformer: Any) -> dict[str, Any]:
+    """What sets a model apart from others of its class: the settings that differ from its constructor's defaults.
+
+    Weights, precision and quantisation do not enter, so a fine-tuned or quantised model has the same; nor do settings
+    that a later version adds with a default.
+
+    Args:
+        transformer: A diffusers model.
+    """
+    transformer = getattr(transformer, "_orig_mod", transformer)  # what torch.compile has wrapped
+    config = getattr(transformer, "config", None)
+    config = config if isinstance(config, Mapping) else {}
+    known = inspect.signature(type(transformer).__init__).parameters
+    given = {name: _as_json(config[name]) for name in known if name in config and not name.startswith("_")}
+    return {name: value for name, value in sorted(given.items()) if value != _as_json(known[name].default)}
 
 
 class Plan(Mapping[str, TransformerPlan]):
@@ -155,7 +206,10 @@ class Plan(Mapping[str, TransformerPlan]):
     def __init__(self, components: Mapping[str, TransformerPlan]):
         if not components or set(components) - set(COMPONENTS):
             raise PlanError(f"a plan needs components among {', '.join(COMPONENTS)}; got {sorted(components)}")
-        self._components = dict(components)
+        for name, plan in components.items():
+            if plan.component not in (None, name):
+                raise PlanError(f"the plan for {name} was made for {plan.component}. Give each transformer its own.")
+        self._components = {name: _meant_for(name, plan) for name, plan in components.items()}
 
     def __getitem__(self, name: str) -> TransformerPlan:
         return self._components[name]
@@ -166,52 +220,112 @@ class Plan(Mapping[str, TransformerPlan]):
     def __len__(self) -> int:
         return len(self._components)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> Path:
-        """Write the plan as a folder, all of it or nothing.
+    def save_pretrained(self, folder: str | os.PathLike, *, evaluation: Mapping[str, Any] | None = None) -> Path:
+        """Write the plan as a folder with a model card, all of it or nothing.
+
+        Args:
+            folder: The folder to write; one that holds a plan is replaced.
+            evaluation: Content of the results.json of `paro evaluate`, for the card.
 
         Raises:
             FileExistsError: If the folder exists and holds something other than a plan.
             PermissionError: If the folder cannot be written.
         """
         with writing_folder(folder, FOLDER) as target:
-            self.write(target)
+            self.write(target, evaluation=evaluation)
         return Path(folder)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, *, evaluation: Mapping[str, Any] | None = None) -> None:
         """Write the plan into a folder that exists and is still private."""
+        from .card import model_card
+
         for name, plan in self.items():
             (folder / name).mkdir()
-            _write_component(plan, folder / name)
+            _write_component(plan, folder / name, list(self))
+        (folder / CARD).write_text(model_card(self, evaluation), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> "Plan":
+    def from_pretrained(
+        cls, source: str | os.PathLike, *, revision: str | None = None, token: str | None = None
+    ) -> "Plan":
         """Read a plan from a folder, or from the Hugging Face Hub by id ("owner/name").
 
+        Only JSON and safetensors are read, and only after their checksums agree.
+
+        Args:
+            source: A folder, or the id of a repository.
+            revision: Branch, tag or commit of the repository.
+            token: Of the Hub, for a private repository; the one stored by `hf auth login` by default.
+
         Raises:
-            PlanError: If the folder holds no plan, or one that is damaged, incomplete or of a newer format.
+            PlanError: If there is no plan, or one that is damaged, incomplete or of a newer format.
         """
         folder = Path(source)
+        if folder.is_dir() and revision is not None:
+            raise PlanError(
+                f"a revision is for plans on the Hub; got {revision!r} with the folder {source}. Leave it out."
+            )
         if not folder.is_dir():
-            folder = _download(str(source), revision)
+            folder = _download(str(source), revision, token)
         found = [name for name in COMPONENTS if (folder / name / "plan.json").is_file()]
         if not found:
             raise PlanError(f"{source} holds no plan: expected {COMPONENTS[0]}/plan.json in it")
-        return cls({name: _read_component(folder / name) for name in found})
+        read = {name: _read_component(folder / name) for name in found}
+        for name, (_, together) in read.items():
+            if sorted(together) != sorted(found):
+                raise PlanError(
+                    f"{folder / name} belongs to a plan of {', '.join(together)}; the folder has {', '.join(found)}. "
+                    f"{_DAMAGED}"
+                )
+        return cls({name: plan for name, (plan, _) in read.items()})
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the plan to the Hugging Face Hub; returns the URL of the commit."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload the plan with its model card to the Hugging Face Hub, in place of one that was there.
+
+        Args:
+            repo_id: "owner/name"; made if it does not exist.
+            private: Whether a new repository is private.
+            token: Of the Hub; the one stored by `hf auth login` by default.
+            revision: Branch to commit to; main by default.
+            evaluation: Content of the results.json of `paro evaluate`, for the card.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            PlanError: If `repo_id` is not the id of a repository.
+        """
         from huggingface_hub import HfApi
 
+        if not HUB_ID.fullmatch(repo_id):
+            raise PlanError(f'a plan is pushed to a repository "owner/name"; got {repo_id!r}')
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            folder = self.save_pretrained(Path(scratch) / "plan")
+            folder = self.save_pretrained(Path(scratch) / "plan", evaluation=evaluation)
             return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload attention plan"
-            ).commit_url
+                repo_id=repo_id, folder_path=folder, commit_message="Upload attention plan", revision=revision,
+                delete_patterns=_files_of(COMPONENTS),
+            ).commit_url  # fmt: skip
 
 
-def _write_component(plan: TransformerPlan, folder: Path) -> None:
+def _meant_for(component: str, plan: TransformerPlan) -> TransformerPlan:
+    """The plan that knows its component; the masks, which are large, were checked before."""
+    if plan.component is None:
+        plan = copy.copy(plan)
+        object.__setattr__(plan, "component", component)
+    return plan
+
+
+def _write_component(plan: TransformerPlan, folder: Path, together: list[str]) -> None:
     from .. import __version__
 
     blob = save_tensors({f"{name}.mask": layer.mask.bits.cpu().contiguous() for name, layer in plan.layers.items()})
@@ -219,7 +333,10 @@ def _write_component(plan: TransformerPlan, folder: Path) -> None:
     described = {
         "format_version": FORMAT_VERSION,
         "paroattn_version": __version__,
+        "component": plan.component,
+        "components": together,
         "model_class": plan.model_class,
+        "model": None if plan.config is None else {"config": dict(plan.config), "sha256": plan.config_sha256},
         "heads": plan.heads,
         "head_dim": plan.head_dim,
         "grid": list(plan.grid),
@@ -233,36 +350,71 @@ def _write_component(plan: TransformerPlan, folder: Path) -> None:
         "made": dict(plan.made),
         "tensors": {"file": "plan.safetensors", "sha256": hashlib.sha256(blob).hexdigest()},
     }
-    (folder / "plan.json").write_text(json.dumps(described, indent=1) + "\n")
+    described["sha256"] = _sha256(described)
+    text = json.dumps(described, indent=1, allow_nan=False)
+    (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _read_component(folder: Path) -> TransformerPlan:
+def _read_component(folder: Path) -> tuple[TransformerPlan, list[str]]:
+    """One transformer's plan, and the names of all components that were saved with it."""
     path = folder / "plan.json"
     try:
         described = read_json(path)
     except ValueError as error:
-        raise PlanError(str(error)) from error
+        raise PlanError(f"{error}. {_DAMAGED}") from error
     version = described.get("format_version")
     if version != FORMAT_VERSION:
         raise PlanError(
             f"{path} has plan format {version}; this paroattn reads format {FORMAT_VERSION}. Update paroattn."
         )
     try:
-        blob = (folder / "plan.safetensors").read_bytes()
-        found, expected = hashlib.sha256(blob).hexdigest(), described["tensors"]["sha256"]
-        if found != expected:
-            raise PlanError(
-                f"{folder / 'plan.safetensors'} has SHA-256 {found[:16]}…, "
-                f"but plan.json expects {str(expected)[:16]}…: the file was cut short or changed. "
-                "Fetch or make the plan again."
-            )
-        return _plan_from(described, load_tensors(blob))
+        plan = _plan_from(described, load_tensors(_tensor_bytes(described, folder / "plan.safetensors")))
+        if described["component"] != folder.name:
+            raise PlanError(f"the plan is for {described['component']}; it lies in a folder {folder.name}. {_DAMAGED}")
+        _check_sums(described)
+        return plan, list(described["components"])
     except PlanError as error:
         raise PlanError(f"{folder}: {error}") from error
-    except FileNotFoundError as error:
-        raise PlanError(f"{folder} has no plan.safetensors beside plan.json. Fetch or make the plan again.") from error
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise PlanError(f"{path} is damaged: {error!r}. Fetch or make the plan again.") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SafetensorError) as error:
+        raise PlanError(f"{path} is damaged: {error!r}. {_DAMAGED}") from error
+
+
+def _tensor_bytes(described: dict, path: Path) -> bytes:
+    """The file of tensors, no larger than the description allows and with the SHA-256 that it names."""
+    name, expected = described["tensors"].get("file", path.name), described["tensors"]["sha256"]
+    if name != path.name:
+        raise PlanError(f"the tensors must lie in {path.name} beside plan.json; got {name!r}. {_DAMAGED}")
+    if not path.is_file():
+        raise PlanError(f"there is no {path.name} beside plan.json. {_DAMAGED}")
+    grid, block = Grid(*described["grid"]), parse_block(described["block"])
+    rows = described["heads"] * len(described["phases"]) * blocks_of(grid.tokens, block[0])
+    largest = HEADER_BYTES + len(described["layers"]) * rows * blocks_of(blocks_of(grid.tokens, block[1]), 8)
+    if path.stat().st_size > largest:
+        raise PlanError(f"{path.name} must have at most {largest} bytes; got {path.stat().st_size}. {_DAMAGED}")
+    blob = path.read_bytes()
+    found = hashlib.sha256(blob).hexdigest()
+    if found != expected:
+        raise PlanError(
+            f"{path.name} has SHA-256 {_short(found)}, but plan.json expects {_short(expected)}: "
+            f"the file was cut short or changed. {_DAMAGED}"
+        )
+    return blob
+
+
+def _check_sums(described: dict) -> None:
+    """Check the description's own SHA-256, after all that has a better message."""
+    model = described["model"]
+    if model is not None and model["sha256"] != _sha256(model["config"]):
+        raise PlanError(
+            f"the model's configuration has SHA-256 {_short(_sha256(model['config']))}, but plan.json expects "
+            f"{_short(model['sha256'])}. {_DAMAGED}"
+        )
+    found = _sha256({name: value for name, value in described.items() if name != "sha256"})
+    if found != described["sha256"]:
+        raise PlanError(
+            f"plan.json has SHA-256 {_short(found)}, but says {_short(described['sha256'])}: it was changed after it "
+            f"was written. {_DAMAGED}"
+        )
 
 
 def _plan_from(described: dict, tensors: dict[str, torch.Tensor]) -> TransformerPlan:
@@ -287,14 +439,47 @@ def _plan_from(described: dict, tensors: dict[str, torch.Tensor]) -> Transformer
             for name, layer in described["layers"].items()
         },
         made=described["made"],
+        config=described["model"] and described["model"]["config"],
+        component=described["component"],
     )
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _files_of(components: Iterable[str]) -> list[str]:
+    return [f"{name}/{file}" for name in components for file in ("plan.json", "plan.safetensors")]
+
+
+def _download(source: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    nowhere = f"{source!r} is neither a folder nor a plan on the Hugging Face Hub"
+    if not HUB_ID.fullmatch(source):
+        raise PlanError(f'{nowhere}, whose ids are "owner/name". Check the path.')
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*/plan.json", "*/plan.safetensors"]))
+        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=_files_of(COMPONENTS)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise PlanError(f"{source!r} is neither a folder nor a plan on the Hugging Face Hub: {error}") from error
+        where = f" at revision {revision!r}" if revision else ""
+        raise PlanError(f"{nowhere}{where}: {error}") from error
+
+
+def _as_json(value: Any) -> Any:
+    """The value as JSON keeps it: tuples are lists, and what JSON does not know is its name."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _short(digest: Any) -> str:
+    return f"{str(digest)[:16]}…"
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:
+    """The settings that differ, as each side has them."""
+    names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+
+    def written(side: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name}={side[name]!r}" if name in side else f"{name} at its default" for name in names)
+
+    return written(ours), written(theirs)

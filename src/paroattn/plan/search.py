@@ -116,6 +116,8 @@ def make_plan(statistics: Statistics, settings: PlanSettings | None = None) -> T
             for layer in statistics.layers
         },
         made={"settings": asdict(settings), "calibration": statistics.made},
+        config=statistics.made.get("config"),
+        component=statistics.made.get("component"),
     )
 
 

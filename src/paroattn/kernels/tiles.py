@@ -1,0 +1,93 @@
+"""How the attention kernels are compiled: by GPU, precision, head dimension and block."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+
+from ..precision import Precision
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+BLOCKS = tuple(product((64, 128), repeat=2))
+LARGEST_HEAD = 128
+LOWEST_CAPABILITY = {"int8": (8, 0), "fp16": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program is compiled.
+
+    Attributes:
+        rows: Query rows of a program, at most a query block.
+        warps: Warps of a program.
+        stages: Key blocks in flight.
+        descriptors: Load K and V through tensor descriptors (TMA) instead of pointers.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How a program of `hopper.py` is compiled.
+
+    Attributes:
+        stages: Key blocks in flight.
+        registers: Limit per thread; fewer let more programs share a multiprocessor.
+    """
+
+    stages: int
+    registers: int
+
+
+TILES = {
+    # (from capability, format of P·V, D'): fastest of those measured on an H200 from (9, 0) on, else without spills
+    ((9, 0), "fp8", 128): Tile(64, 4, 3, descriptors=True),
+    ((9, 0), "int8", 128): Tile(64, 4, 3),
+    ((9, 0), "half", 128): Tile(128, 8, 2, descriptors=True),
+    ((9, 0), "fp8", 64): Tile(64, 4, 2, descriptors=True),
+    ((9, 0), "int8", 64): Tile(64, 4, 2, descriptors=True),
+    ((9, 0), "half", 64): Tile(64, 4, 2, descriptors=True),
+    ((8, 0), "fp8", 128): Tile(128, 8, 2),
+    ((8, 0), "int8", 128): Tile(128, 8, 2),
+    ((8, 0), "half", 128): Tile(128, 8, 2),
+    ((8, 0), "fp8", 64): Tile(64, 4, 2),
+    ((8, 0), "int8", 64): Tile(64, 4, 2),
+    ((8, 0), "half", 64): Tile(64, 4, 2),
+}
+# (10, 0) and above have no wgmma either
+TILES |= {((10, 0), *key): tile for (lowest, *key), tile in TILES.items() if lowest == (8, 0)}
+"""The highest capability that the GPU has wins."""
+
+RINGS = {
+    # (format of P·V, D', tokens of a key block), for INT8 Q·K: fastest of those measured on an H200
+    ("fp8", 128, 128): Ring(2, 168),
+    ("fp8", 128, 64): Ring(4, 168),
+    ("fp8", 64, 128): Ring(2, 128),
+    ("fp8", 64, 64): Ring(4, 96),
+    ("int8", 128, 128): Ring(2, 168),
+    ("int8", 128, 64): Ring(4, 168),
+    ("int8", 64, 128): Ring(2, 128),
+    ("int8", 64, 64): Ring(4, 96),
+}
+"""Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
+HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+def tile_of(has: tuple[int, int], precision: Precision, block: tuple[int, int], d_pad: int) -> Tile | Ring:
+    """How a GPU of a compute capability does a precision, with these blocks and this padded head dimension."""
+    ring = RINGS.get((precision.pv, d_pad, block[1])) if precision.qk == "int8" else None
+    if ring and has[0] == 9 and HAS_GLUON and not INTERPRETED:
+        return ring
+    pv = precision.pv if precision.pv in ("int8", "fp8") else "half"
+    known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= has]
+    return TILES[max(known), pv, d_pad]
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; the interpreter stands in for (9, 0)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
