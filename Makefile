@@ -1,5 +1,6 @@
 # make demo    the whole story on the bundled model, on a CPU
 # make test    lint, types and tests, exactly what CI runs; ARGS="-k grid" or ARGS=--slow goes to pytest
+# make oldest  the tests that touch diffusers, with the oldest version that is supported; a part of make test without ARGS
 # make lint    formatting, lint and types only
 # make format  rewrite the sources in the house style
 # make clean   remove the environment and everything generated
@@ -11,10 +12,12 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := 0.38.0
+OLD := $(VENV)/diffusers-$(OLDEST)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test oldest lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,8 +26,14 @@ help:
 demo: $(INSTALLED)
 	@$(BIN)/paro demo $(ARGS)
 
-test: lint
+test: lint $(if $(ARGS),,$(OLD)/.installed)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) oldest)
+
+oldest: export PYTHONPATH := $(abspath $(OLD))$(if $(PYTHONPATH),:$(PYTHONPATH))
+oldest: $(OLD)/.installed
+	$(BIN)/python -c "import diffusers; assert diffusers.__version__ == '$(OLDEST)', diffusers.__version__"
+	$(BIN)/python -m pytest tests/test_integration.py tests/test_models.py tests/test_compatibility.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -45,4 +54,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing paroattn and PyTorch into $(VENV). This takes a minute or two, once."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(OLD)/.installed: $(INSTALLED) Makefile
+	@rm -rf $(OLD)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(OLD) diffusers==$(OLDEST) httpx==0.28.1 httpcore==1.0.9
 	@touch $@

@@ -1054,6 +1054,13 @@ def test_the_page_has_no_row_that_is_no_test():
     assert {each for each in listed if each not in ("together with", "---")} == {row.feature for row in ROWS.values()}
 
 
+def test_the_oldest_diffusers_that_is_tested_is_the_oldest_supported():
+    root = PAGE.parents[1]
+    tested = re.search(r"^OLDEST := (\d+\.\d+)\.", (root / "Makefile").read_text(), re.M)
+    supported = re.search(r'"diffusers>=(\d+\.\d+)"', (root / "pyproject.toml").read_text())
+    assert tested and supported and tested[1] == supported[1]
+
+
 def main() -> int:
     """Run all rows and write the page's table."""
     code = pytest.main([__file__, "-q", "-k", "not page"])
