@@ -1,6 +1,7 @@
 """The command line: every stage on the bundled model, and every wrong use before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageChops
@@ -79,7 +80,7 @@ def test_show_draws_the_masks_of_a_phase_into_one_picture(plan, tmp_path, capsys
 
 def test_show_draws_both_experts_below_each_other(plan, tmp_path):
     both, one = tmp_path / "both", Plan.from_pretrained(plan)["transformer"]
-    Plan({"transformer": one, "transformer_2": one}).save_pretrained(both)
+    Plan({"transformer": one, "transformer_2": replace(one, component="transformer_2")}).save_pretrained(both)
     for folder in (plan, both):
         assert paro("show", folder, "--png", tmp_path / f"{folder.name}.png") == 0
     with Image.open(tmp_path / "plan.png") as single, Image.open(tmp_path / "both.png") as double:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,6 @@ def test_dense_attention_of_8_bits_keeps_the_direction_of_the_output(attentions,
         q, k, v = (x.to(device, torch.bfloat16) for x in (q, k, v))
         exact = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
         mask = BlockMask.full(q.shape[2], q.shape[1], (64, 128)).to(device)
-        got = paroattn.attention(q, k, v, mask, precision=precision)
+        got: Any = paroattn.attention(q, k, v, mask, precision=precision)
         cosine = torch.cosine_similarity(got.double().flatten(), exact.transpose(1, 2).flatten(), dim=0)
         assert cosine >= floor, cosine

@@ -93,7 +93,7 @@ def everything(text="a red disc over coffee"):
         title=text,
         introduction=text,
         clips=[pair(text, seed) for seed in range(2)],
-        plan={"transformer": a_plan(names=text + ".{}")},
+        plan={"transformer": a_plan()},
         maps=[a_map(text)],
         execution={"layers": rows},
         timings={text: 75.0},
@@ -605,7 +605,7 @@ def test_a_report_escapes_every_text(tmp_path):
 
 
 def test_a_plan_page_escapes_every_text(tmp_path):
-    plan = {"transformer": a_plan(names=HOSTILE + ".{}"), "transformer_2": a_plan()}
+    plan = {"transformer": a_plan(), "transformer_2": a_plan()}
     page = Page(write_plan(plan, tmp_path / "plan.html", title=HOSTILE))
     assert [tag for tag, _ in page.elements].count("script") == 1
     assert page.texts("h1") == [HOSTILE]

@@ -195,8 +195,8 @@ def _check_free(transformer: nn.Module) -> None:
         raise ValueError(f"the transformer must carry no plan; this one {state}. Call paroattn.remove first.")
     if getattr(transformer, "_parallel_config", None) is not None:
         raise ValueError(
-            "the transformer must be whole on one device; this one is split by enable_parallelism. Load it without, and "
-            "run other prompts on the other devices."
+            "the transformer must be whole on one device; this one is split by enable_parallelism. Load it without, "
+            "and run other prompts on the other devices."
         )
 
 
