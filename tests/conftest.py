@@ -2,6 +2,7 @@
 
 import os
 
+import diffusers
 import pytest
 import torch
 
@@ -20,6 +21,17 @@ SKIPPED = {
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take long")
+    parser.addoption("--diffusers", metavar="VERSION", help="fail at once if another version is imported")
+
+
+def pytest_configure(config):
+    wanted = config.getoption("--diffusers")
+    if wanted is not None and diffusers.__version__ != wanted:
+        raise pytest.UsageError(f"diffusers must be {wanted}; got {diffusers.__version__} from {diffusers.__file__}")
+
+
+def pytest_report_header():
+    return f"diffusers {diffusers.__version__}, torch {torch.__version__}"
 
 
 def pytest_collection_modifyitems(config, items):

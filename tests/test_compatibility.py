@@ -723,10 +723,10 @@ def wan_plan() -> TransformerPlan:
     return random_plan(grid=WAN_GRID, density=0.5, phases=TWO_PHASES, block=(8, 16))
 
 
-def prompts(**kinds: bool) -> dict[str, torch.Tensor]:
+def prompts(*names: str, **kinds: bool) -> dict[str, torch.Tensor]:
     import tiny_pipelines
 
-    return tiny_pipelines.embeddings(1, **kinds)
+    return tiny_pipelines.embeddings(1, *names, **kinds)
 
 
 def run_wan(pipe: Any, **call: Any) -> torch.Tensor:
@@ -797,7 +797,9 @@ def flux_together(name: str, **call: Any) -> float:
 
     def run(pipe: Any) -> torch.Tensor:
         settings = {"height": 20, "width": 24, "num_inference_steps": 5, "output_type": "latent"}
-        return pipe(**prompts(pooled=True), **settings, **call, generator=torch.Generator().manual_seed(0)).images
+        return pipe(
+            **prompts("pooled_prompt_embeds"), **settings, **call, generator=torch.Generator().manual_seed(0)
+        ).images
 
     return pipelines_together(nothing, run, plan, make=flux_pipeline(name))
 
@@ -1054,11 +1056,19 @@ def test_the_page_has_no_row_that_is_no_test():
     assert {each for each in listed if each not in ("together with", "---")} == {row.feature for row in ROWS.values()}
 
 
-def test_the_oldest_diffusers_that_is_tested_is_the_oldest_supported():
+def test_every_test_that_touches_diffusers_runs_on_the_oldest_supported_one_too():
     root = PAGE.parents[1]
-    tested = re.search(r"^OLDEST := (\d+\.\d+)\.", (root / "Makefile").read_text(), re.M)
+    makefile = (root / "Makefile").read_text()
+    tested = re.search(r"^OLDEST := (\d+\.\d+)\.", makefile, re.M)
     supported = re.search(r'"diffusers>=(\d+\.\d+)"', (root / "pyproject.toml").read_text())
     assert tested and supported and tested[1] == supported[1]
+    listed = re.search(r"^TOUCH_DIFFUSERS := .*,([\w ]+)\)\)$", makefile, re.M)
+    touching = [
+        path.stem.removeprefix("test_")
+        for path in sorted((root / "tests").glob("test_*.py"))
+        if re.search(r"^\s*(from|import) (diffusers|tiny_)", path.read_text(encoding="utf-8"), re.M)
+    ]
+    assert listed and set(touching) <= set(listed[1].split())
 
 
 def main() -> int:
