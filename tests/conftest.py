@@ -2,7 +2,6 @@
 
 import os
 
-import diffusers
 import pytest
 import torch
 
@@ -26,12 +25,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     wanted = config.getoption("--diffusers")
-    if wanted is not None and diffusers.__version__ != wanted:
+    if wanted is None:
+        return
+    import diffusers  # not earlier: it imports Triton, which must find the variable above
+
+    if diffusers.__version__ != wanted:
         raise pytest.UsageError(f"diffusers must be {wanted}; got {diffusers.__version__} from {diffusers.__file__}")
-
-
-def pytest_report_header():
-    return f"diffusers {diffusers.__version__}, torch {torch.__version__}"
 
 
 def pytest_collection_modifyitems(config, items):
