@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = Grid(3, 5, 11)
 HEADS = 3
+LSE_ERROR = {"": 1e-2, "fp8": 4e-2}
+"""By format of P·V; row sums of FP8 are of p before its rounding or after it, whichever is faster."""
 NO_TEXT = TextSpan()
 TEXTS = [
     (NO_TEXT, False),
@@ -203,9 +205,11 @@ def test_p_is_rounded_as_the_reference_says(keys):
     expected = (255 * (scores - scores.amax(-1, keepdim=True)).exp2()).round()
     p = 255 * out / out.amax(-1, keepdim=True)
     assert (p - p.round()).abs().max() <= 1e-2
-    assert off_by_one(p.round(), expected) <= (1e-4 if DEVICE == "cuda" else 2e-3)  # the interpreter fuses no product
+    assert off_by_one(p.round(), expected) <= (1e-2 if DEVICE == "cuda" else 2e-3)
     assert expected.mean() > 10
-    torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), atol=1e-5, rtol=0)
+    # on a GPU the bias is taken off a product that was rounded to whole units of p̂ v
+    tolerance = 1e-3 if DEVICE == "cuda" else 1e-5
+    torch.testing.assert_close(out.sum(-1), torch.ones_like(out[..., 0]), atol=tolerance, rtol=0)
 
 
 @layouts
@@ -233,7 +237,7 @@ def test_bf16_tensors_do_as_well():
 @pytest.mark.parametrize("precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv"])
 def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
     case = Case(TextSpan(70, "suffix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
-    like_the_reference(case, precision, 45, 1e-2)
+    like_the_reference(case, precision, 45, LSE_ERROR[precision.partition("/")[2]])
 
 
 @pytest.mark.gpu
@@ -245,8 +249,9 @@ def test_the_portable_kernel_agrees_with_the_one_for_this_gpu(precision, block, 
     out, lse = case.run(precision)
     monkeypatch.setattr(tiles, "HAS_GLUON", False)
     portable, portable_lse = case.run(precision)
-    assert (out - portable)[case.real].norm() <= 5e-3 * portable[case.real].norm()
-    assert (lse - portable_lse).transpose(1, 2)[case.real].abs().max() <= 1e-2
+    assert (out - portable)[case.real].norm() <= 1e-2 * portable[case.real].norm()
+    largest = (lse - portable_lse).transpose(1, 2)[case.real].abs().max()
+    assert largest <= LSE_ERROR[precision.partition("/")[2]]
 
 
 def test_descriptors_and_pointers_load_the_same(monkeypatch):

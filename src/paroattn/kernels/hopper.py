@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .tiles import Ring
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name before Triton 3.7
 
@@ -25,37 +33,85 @@ def _exp2(x):
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
+_ROUND_TO_INT8: gl.constexpr = gl.constexpr("""{
+    .reg .b32 low, high, unit, bias;
+    cvt.rn.f16x2.f32 low, $2, $1;
+    cvt.rn.f16x2.f32 high, $4, $3;
+    cvt.rn.f16x2.f32 unit, $5, $5;
+    mov.b32 bias, 0x64806480;
+    fma.rn.f16x2 low, low, unit, bias;
+    fma.rn.f16x2 high, high, unit, bias;
+    prmt.b32 $0, low, high, 0x6420;
+}""")
+"""Four p times their row's unit: 1152 + p in half precision has p − 128 for its low byte."""
+_SUM_OF_FOUR: gl.constexpr = gl.constexpr("""
+    dp4a.s32.s32 $0, $4, 0x01010101, 0;
+    mov.b32 $1, 0;
+    mov.b32 $2, 0;
+    mov.b32 $3, 0;
+""")
+
+
 @gluon.jit
-def _weights(s, m, total, scale, PV: gl.constexpr, KEYS: gl.constexpr):
-    """Scores of a block, still biased → p before its rounding to 8 bits, m, total, and the factors of acc."""
-    top = gl.max(s, 1)
+def _weights(s, m, scale, tail, PV: gl.constexpr, MASKED: gl.constexpr):
+    """Biased scores of a block → p before its rounding, its unit, m, and the factors of acc.
+
+    The maxima are taken of integers, of which one instruction compares three.
+    """
+    if MASKED:
+        real = (gl.arange(0, s.type.shape[1], gl.SliceLayout(0, s.type.layout)) < tail)[None, :]
+        s = gl.where(real, s, 0)
+    top = gl.max(s, 1).to(gl.float32, bitcast=True)
+    s = s.to(gl.float32, bitcast=True)
+    if MASKED:
+        s = gl.where(real, s, float("-inf"))
     highest = (top - 12582912.0) * scale
     new = gl.maximum(m, highest)
     old_share = _exp2(m - new)
     if PV == "int8":
         origin = -(top * scale)
-        unit = 255.0 * _exp2(-gl.fma(top, scale, origin))
+        unit = 255.0 * _exp2(-gl.fma(top, scale, origin))  # undoes what rounding did to origin
         share = _exp2(highest - new)
-        p = _exp2(gl.fma(s, scale[:, None], origin[:, None]))
-        p = gl.fma(p, unit[:, None], 12582784.0).to(gl.int32, bitcast=True)
-        added = (gl.sum(p, 1) - KEYS * 0xFF80) & 0xFFFF
-        added = ((added | 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0) * share
     else:
+        origin = 8.807354922057604 - (new + 12582912.0 * scale)  # log2 448
+        unit = scale
         share = old_share
-        p = _exp2(gl.fma(s, scale[:, None], 8.807354922057604 - (new + 12582912.0 * scale)[:, None]))
-        added = gl.sum(p, 1)
-    return p, new, total * old_share + added, old_share, share
+    return _exp2(gl.fma(s, scale[:, None], origin[:, None])), unit, new, old_share, share
 
 
 @gluon.jit
-def _rounded(p, PV: gl.constexpr, LAYOUT: gl.constexpr):
+def _rounded(p, unit, PV: gl.constexpr, LAYOUT: gl.constexpr):
     """Round p to 8 bits, its columns renamed so that every thread multiplies what it holds."""
+    if PV == "int8":
+        p = _renamed(p, LAYOUT)
+        unit = gl.convert_layout(unit, gl.SliceLayout(1, LAYOUT))
+        unit, p = gl.broadcast(unit[:, None], p)
+        return gl.inline_asm_elementwise(
+            _ROUND_TO_INT8, "=r,f,f,f,f,f,f,f,f", [p, unit], dtype=gl.int8, is_pure=True, pack=4
+        )
+    else:
+        return _renamed(p.to(gl.float8e4nv), LAYOUT)
+
+
+@gluon.jit
+def _renamed(p, LAYOUT: gl.constexpr):
     ROWS: gl.constexpr = p.type.shape[0]
     KEYS: gl.constexpr = p.type.shape[1]
-    p = p.to(gl.int8 if PV == "int8" else gl.float8e4nv)
     p = gl.reshape(p, [ROWS, KEYS // 32, 2, 2, 4, 2])
     p = gl.reshape(gl.permute(p, (0, 1, 2, 4, 3, 5)), [ROWS, KEYS])
     return gl.convert_layout(p, LAYOUT)
+
+
+@gluon.jit
+def _row_sums(p, rounded, PV: gl.constexpr, ROW: gl.constexpr):
+    """Sums of p; for INT8 of what is stored, the rounded p − 128."""
+    if PV == "int8":
+        fours = gl.inline_asm_elementwise(
+            _SUM_OF_FOUR, "=r,=r,=r,=r,r", [rounded], dtype=gl.int32, is_pure=True, pack=4
+        )
+        return gl.convert_layout(gl.sum(fours, 1), ROW)
+    else:
+        return gl.convert_layout(gl.sum(p, 1), ROW)
 
 
 @gluon.jit
@@ -88,12 +144,14 @@ def _fetch(stage, j, k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem
 @gluon.jit
 def _step(
     i, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
-    k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
+    k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full, ones_smem,
     PV: gl.constexpr, MASKED: gl.constexpr, KEYS: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
+    MATRIX_SUMS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: m, total and acc after the i-th kept block; next block and scale, asked early."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     OUT: gl.constexpr = acc.type.layout
+    SUMS: gl.constexpr = total.type.layout
     stage = i % STAGES
     bias = gl.full([64, KEYS], 0x4B400000, gl.int32, SCORES)
     mbarrier.wait(full.index(stage), (i // STAGES) & 1)
@@ -102,22 +160,31 @@ def _step(
     k_scale = gl.load(k_scale_ptr + following)
     following = gl.load(list_ptr + gl.minimum(i + 2, count - 1)).to(gl.int32)
     ahead = gl.load(list_ptr + gl.minimum(i + STAGES, count - 1)).to(gl.int32)
-    s = warpgroup_mma_wait(0, deps=[s]).to(gl.float32, bitcast=True)
-    if MASKED:
-        s = gl.where((gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)) < tail)[None, :], s, float("-inf"))
-    p, m, total, old_share, share = _weights(s, m, total, scale, PV, KEYS)
-    p = _rounded(p, PV, gl.DotOperandLayout(0, OUT, 4))
+    s = warpgroup_mma_wait(0, deps=[s])
+    p, unit, m, old_share, share = _weights(s, m, scale, tail, PV, MASKED)
+    rounded = _rounded(p, unit, PV, gl.DotOperandLayout(0, OUT, 4))
     if PV == "int8":
         start = start_smem.index(stage).reshape([D_PAD]).load(gl.SliceLayout(0, OUT))
         start = gl.zeros([64, D_PAD], gl.int32, OUT) + start[None, :]
     else:
         start = gl.zeros([64, D_PAD], gl.float32, OUT)
-    pv = warpgroup_mma(p, v_smem.index(stage).permute((1, 0)), start, use_acc=PV == "int8", is_async=True)
-    pv = warpgroup_mma_wait(0, deps=[pv])
+    pv = warpgroup_mma(rounded, v_smem.index(stage).permute((1, 0)), start, use_acc=PV == "int8", is_async=True)
+    if MATRIX_SUMS:
+        nought = gl.zeros([64, 8], start.dtype, SUMS)
+        rounded = gl.convert_layout(rounded, gl.DotOperandLayout(0, SUMS, 4))
+        added = warpgroup_mma(rounded, ones_smem.permute((1, 0)), nought, use_acc=False, is_async=True)
+        pv, added = warpgroup_mma_wait(0, deps=[pv, added])
+    else:
+        added = _row_sums(p, rounded, PV, gl.SliceLayout(1, SUMS))[:, None]
+        pv = warpgroup_mma_wait(0, deps=[pv])
     _barrier()
     if i + STAGES < count:
         _fetch(stage, ahead, k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
                PV, KEYS)  # fmt: skip
+    total *= gl.convert_layout(old_share, gl.SliceLayout(1, SUMS))[:, None]
+    if PV == "int8":
+        added = (added + 128 * KEYS).to(gl.float32) * gl.convert_layout(share, gl.SliceLayout(1, SUMS))[:, None]
+    total += added
     return m, total, _add(acc, pv, old_share, share, PV), following, k_scale
 
 
@@ -128,6 +195,7 @@ def _hopper_kernel(
     B, N, H, ROW_BLOCKS, KEY_BLOCKS, BYTES,
     PV: gl.constexpr, HAS_LSE: gl.constexpr, HAS_SHIFT: gl.constexpr,
     SPLIT: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
+    MATRIX_SUMS: gl.constexpr,
 ):  # fmt: skip
     """64 rows of out and lse; grid (H · B · query blocks · SPLIT,)."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
@@ -158,6 +226,14 @@ def _hopper_kernel(
         start_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1, D_PAD], start_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ones_smem = v_smem
+    if MATRIX_SUMS:
+        ones_smem = gl.allocate_shared_memory(v_desc.dtype, [8, KEYS], v_desc.layout)
+        SPREAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // KEYS, KEYS // 8], [4, 1], [1, 0])
+        ones = gl.full([8, KEYS], 1 if PV == "int8" else 0x38, gl.int8, SPREAD)  # 0x38: the bits of 1.0 in FP8
+        ones_smem.store(ones.to(v_desc.dtype, bitcast=True))
+        fence_async_shared()
+        _barrier()
     mbarrier.init(q_full, count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
@@ -172,7 +248,8 @@ def _hopper_kernel(
 
     q_scale = gl.load(q_scale_ptr + q_row + rows)
     m = gl.full([64], -1e30, gl.float32, ROW)
-    total = gl.zeros([64], gl.float32, ROW)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    total = gl.zeros([64, 8], gl.float32, SUMS)
     acc = gl.zeros([64, D_PAD], gl.float32, OUT)
     mbarrier.wait(q_full, 0)
     k_scale_ptr += start_row
@@ -181,16 +258,17 @@ def _hopper_kernel(
     for i in range(whole):
         m, total, acc, following, k_scale = _step(
             i, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
-            k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
-            PV, False, KEYS, D_PAD, STAGES,
+            k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full, ones_smem,
+            PV, False, KEYS, D_PAD, STAGES, MATRIX_SUMS,
         )  # fmt: skip
     if count > whole:
         m, total, acc, following, k_scale = _step(
             whole, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
-            k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full,
-            PV, True, KEYS, D_PAD, STAGES,
+            k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full, ones_smem,
+            PV, True, KEYS, D_PAD, STAGES, MATRIX_SUMS,
         )  # fmt: skip
 
+    total = gl.convert_layout(gl.max(total, 1), ROW)
     d = gl.arange(0, D_PAD, gl.SliceLayout(0, OUT))
     out = acc * gl.convert_layout(1.0 / gl.maximum(total, 1e-30), gl.SliceLayout(1, OUT))[:, None]
     out *= gl.load(v_scale_ptr + bh * D_PAD + d)[None, :]
@@ -222,8 +300,7 @@ def launch(
     v_start: Tensor | None,
     *,
     block: tuple[int, int],
-    stages: int,
-    registers: int,
+    ring: Ring,
     programs: int,
     **arguments: Any,
 ) -> None:
@@ -232,8 +309,7 @@ def launch(
     Args:
         q, k, v, v_start: As in `prepare.Operands`.
         block: Tokens of a query block and of a key block.
-        stages: Blocks of K and V in flight.
-        registers: Limit per thread: up to 96 let five programs share a multiprocessor, 128 four, 168 three.
+        ring: How it is compiled.
         programs: Query blocks of all heads and batch elements.
         arguments: The kernel's other arguments.
     """
@@ -242,7 +318,8 @@ def launch(
     _hopper_kernel[(programs * split,)](
         _descriptor(q, [64, d_pad]), _descriptor(k, [keys, d_pad]), _descriptor(v, [d_pad, keys]),
         None if v_start is None else _descriptor(v_start, [1, d_pad]),
-        SPLIT=split, D_PAD=d_pad, STAGES=stages, num_warps=4, maxnreg=registers, **arguments,
+        SPLIT=split, D_PAD=d_pad, STAGES=ring.stages, MATRIX_SUMS=ring.matrix_sums,
+        num_warps=4, maxnreg=ring.registers, **arguments,
     )  # fmt: skip
 
 

@@ -31,10 +31,13 @@ LOG2_E = 1.4426950408889634
 BIAS = 0x4B400000
 """These bits plus s, read as float32, are 12582912 + s for every integer |s| < 2²²."""
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
-# fastest of those measured on an H200, for head dimensions 64 and 128
-TOKENS_PER_SUM = 256
-TOKENS_AT_ONCE = 32
+# fastest of those measured on an H200
+TOKENS_PER_SUM = 512
+TOKENS_AT_ONCE = 64
+WARPS_PER_SUM = 8
 BLOCKS_AT_ONCE = 4
+KEY_BLOCKS_AT_ONCE = {64: 4, 128: 8}
+KEY_WARPS = {64: 4, 128: 8}
 STAGES = 3
 
 
@@ -252,23 +255,27 @@ def _values_kernel(
     N, H,
     STORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One key block of V in 8 bits; grid (key blocks, B·H)."""
-    block, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """64 channels of one key block of V in 8 bits; grid (key blocks · D_PAD / 64, B·H)."""
+    PARTS: tl.constexpr = D_PAD // 64
+    block, bh = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
+    blocks = tl.num_programs(0) // PARTS
+    first = tl.program_id(0) % PARTS * 64
     b, h = bh // H, bh % H
-    place, d = tl.arange(0, TOKENS), tl.arange(0, D_PAD)
+    place, d = tl.arange(0, TOKENS), first + tl.arange(0, 64)
     token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
     n = block * TOKENS + token
     real = n < tl.load(valid_ptr + b)
     position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
-    v = _gather(v_ptr + b * stride_b + h * stride_h, stride_n, stride_d, position, real, D, D_PAD)
-    tokens = tl.num_programs(0).to(tl.int64) * TOKENS
+    v_ptr += b * stride_b + h * stride_h + first * stride_d
+    v = _gather(v_ptr, stride_n, stride_d, position, real, D - first, 64)
+    tokens = blocks.to(tl.int64) * TOKENS
     scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
     out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
     if STORED == "int8":
         rounded = _round(scaled)
         tl.store(out, tl.trans(rounded.to(tl.int8)))
         start = tl.sum(rounded, 0) * 128 + 0x4B400000
-        tl.store(start_ptr + (bh * tl.num_programs(0) + block) * D_PAD + d, start)
+        tl.store(start_ptr + (bh * blocks + block) * D_PAD + d, start)
     else:
         tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
 
@@ -319,7 +326,7 @@ def prepare(
         chunks = {"K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks}
         _sum_kernel[(k_chunks + v_chunks, batch * heads)](
             k, v, sums_ptr=sums, largest_ptr=largest, **tokens_args, **_strides(k, "k_"), **_strides(v, "v_"), **chunks,
-            EVERY=MEAN_OF_EVERY, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE,
+            EVERY=MEAN_OF_EVERY, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE, num_warps=WARPS_PER_SUM,
         )  # fmt: skip
         _finish_kernel[(batch * heads,)](
             sums, largest, valid, signs, mean, centre, v_scale, heads, **chunks,
@@ -343,13 +350,14 @@ def prepare(
         tile = size if is_key else min(size, 64)
         scale = empty(blocks if is_key else blocks * size)
         blocks = blocks * size // tile
-        _rows_kernel[(triton.cdiv(blocks, BLOCKS_AT_ONCE), batch * heads)](
+        at_once = KEY_BLOCKS_AT_ONCE[d_pad] if is_key else BLOCKS_AT_ONCE
+        _rows_kernel[(triton.cdiv(blocks, at_once), batch * heads)](
             x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, out_ptr=out, scale_ptr=scale,
             shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
             factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
             HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
-            **sizes, TOKENS=tile, AT_ONCE=BLOCKS_AT_ONCE, num_stages=STAGES,
-            num_warps=8 if x.dtype == torch.float32 else 4,
+            **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=STAGES,
+            num_warps=8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4,
         )  # fmt: skip
         return out, scale
 
@@ -360,7 +368,7 @@ def prepare(
         return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
     v_ = empty(d_pad, key_blocks * block[1], dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
-    _values_kernel[(key_blocks, batch * heads)](
+    _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
         STORED=precision.pv, **sizes, TOKENS=block[1],
     )  # fmt: skip

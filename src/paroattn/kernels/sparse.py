@@ -285,8 +285,8 @@ def attend(
         from . import hopper
 
         hopper.launch(
-            operands.q, operands.k, operands.v, operands.v_start, block=mask.block, stages=tile.stages,
-            registers=tile.registers, programs=programs, PV=precision.pv, **arguments,
+            operands.q, operands.k, operands.v, operands.v_start, block=mask.block, ring=tile,
+            programs=programs, PV=precision.pv, **arguments,
         )  # fmt: skip
     else:
         scale = softmax_scale * LOG2_E
