@@ -968,6 +968,20 @@ def test_other_dtypes():
     return together(lambda model: model.to(torch.bfloat16), run, random_plan(density=0.4, precision="bf16"))
 
 
+@row(
+    TORCH,
+    "`.to(torch.float64)`, float64 inputs",
+    "the reference, in float64; a kernel that is asked for refuses",
+    bound=1e-5,
+)
+def test_float64():
+    def run(model: Any) -> torch.Tensor:
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in wan_inputs().items()}
+        return forward(model, **inputs)
+
+    return together(lambda model: model.to(torch.float64), run)
+
+
 @row(TORCH, "gradient checkpointing switched on, no gradient asked for", "nothing to recompute", bound=1e-5)
 def test_checkpointing_without_gradients():
     return together(lambda model: model.enable_gradient_checkpointing())
