@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
-from tiny_models import COGVIDEOX, FLUX, FLUX2, HUNYUAN, HUNYUAN15, LTX, MOCHI, QWEN, SD3, WAN, randomised
+from tiny_models import COGVIDEOX, FLUX, FLUX2, HUNYUAN, HUNYUAN15, LTX, LTX2, MOCHI, QWEN, SD3, WAN, randomised
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -143,6 +143,40 @@ def ltx() -> Any:
     )  # fmt: skip
 
 
+def ltx2() -> Any:
+    """With sound: a second VAE, a vocoder, and connectors from the prompt to both streams."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,), layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,),
+        upsample_factor=(1,), timestep_conditioning=False, patch_size=4, patch_size_t=1, encoder_causal=True,
+        decoder_causal=False,
+    )  # fmt: skip
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=None, in_channels=2,
+        resolution=32, latent_channels=2, norm_type="pixel", causality_axis="height", dropout=0.0,
+        mid_block_add_attention=False, sample_rate=16000, mel_hop_length=160, is_causal=True, mel_bins=8,
+    )  # fmt: skip
+    vocoder = LTX2Vocoder(
+        in_channels=16, hidden_channels=32, out_channels=2, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]], output_sampling_rate=16000,
+    )  # fmt: skip
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    connectors = LTX2TextConnectors(
+        caption_channels=TEXT_WIDTH, text_proj_in_factor=1, connector_rope_base_seq_len=32, rope_theta=10000.0,
+        rope_double_precision=False, causal_temporal_positioning=False,
+        **{f"{stream}_connector_{name}": size for stream in ("video", "audio") for name, size in sizes.items()},
+    )  # fmt: skip
+    return assembled(
+        "LTX2Pipeline", vae, diffusers.LTX2VideoTransformer3DModel(**LTX2), FlowMatchEulerDiscreteScheduler(),
+        audio_vae=audio_vae.eval(), vocoder=vocoder.eval(), connectors=connectors.eval(),
+    )  # fmt: skip
+
+
 def image_vae(kind: Any = diffusers.AutoencoderKL, channels=1, **more: Any) -> Any:
     torch.manual_seed(0)
     return kind(
@@ -185,6 +219,7 @@ def sd3() -> Any:
 
 
 GUIDED: dict[str, Any] = {"negative": True, "call": ("--guidance-scale", 3)}
+ONE_CALL = ("--set=stg_scale=0", "--set=modality_scale=1", "--set=audio_stg_scale=0", "--set=audio_modality_scale=1")
 VIDEO, IMAGE = (48, 64, 9), (20, 24, None)
 PIPELINES = {
     "wan": Tiny(wan, VIDEO, "3x3x4", calls=(6,), **GUIDED),
@@ -197,6 +232,7 @@ PIPELINES = {
         calls=(6,),
     ),
     "ltx": Tiny(ltx, (32, 64, 9), "3x8x16", call=("--guidance-scale", 3, "--negative-prompt", "cat")),
+    "ltx-2": Tiny(ltx2, (32, 64, 5), "3x4x8", (MASK,), True, ("--guidance-scale", 3, *ONE_CALL)),
     "mochi": Tiny(mochi, (48, 64, 13), "3x3x4", (MASK,), **GUIDED),
     "flux": Tiny(flux, IMAGE, "1x10x12", (POOLED,)),
     "flux.2": Tiny(flux2, IMAGE, "1x10x12"),
