@@ -1,5 +1,6 @@
 # make demo    the whole story on the bundled model, on a CPU
 # make test    lint, types and tests, exactly what CI runs; ARGS="-k grid" or ARGS=--slow goes to pytest
+# make oldest  tests that touch diffusers, with the oldest one that is supported; a part of make test without ARGS
 # make lint    formatting, lint and types only
 # make format  rewrite the sources in the house style
 # make clean   remove the environment and everything generated
@@ -11,10 +12,14 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-for-tests
+OLDEST := 0.38.0
+OLD := $(VENV)/diffusers-$(OLDEST)
+TOUCH_DIFFUSERS := $(addprefix tests/test_,$(addsuffix .py,compatibility docs doctor hub integration misuse models pipelines planned))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test oldest lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,15 +28,19 @@ help:
 demo: $(INSTALLED)
 	@$(BIN)/paro demo $(ARGS)
 
-test: lint
+test: lint $(if $(ARGS),,$(OLD)/.installed)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,$(MAKE) oldest)
 
-lint: $(INSTALLED)
+oldest: $(OLD)/.installed
+	PYTHONPATH=$(abspath $(OLD))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest --diffusers $(OLDEST) $(TOUCH_DIFFUSERS) $(ARGS)
+
+lint: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(INSTALLED)
+format: $(TESTED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -44,5 +53,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "paroattn needs Python 3.11 or newer; got %d.%d. Give one with: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Installing paroattn and PyTorch into $(VENV). This takes a minute or two, once."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[video]'
+	@touch $@
+
+$(TESTED): $(INSTALLED)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(OLD)/.installed: $(TESTED) Makefile
+	@rm -rf $(OLD)
+	@$(BIN)/python -m pip install -qq --no-deps --target $(OLD) diffusers==$(OLDEST) httpx==0.28.1 httpcore==1.0.9
 	@touch $@

@@ -12,9 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from paroattn.capture import Statistics
-from paroattn.evaluation.maps import instructive_maps
+from paroattn.evaluation.maps import AttentionMap, instructive_maps
 from paroattn.evaluation.pictures import map_picture
-from paroattn.evaluation.report import AttentionMap
 from paroattn.plan.plan import Plan
 
 SIDE, GAP, MARGIN, TOP = 236, 28, 20, 54

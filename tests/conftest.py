@@ -20,6 +20,17 @@ SKIPPED = {
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take long")
+    parser.addoption("--diffusers", metavar="VERSION", help="fail at once if another version is imported")
+
+
+def pytest_configure(config):
+    wanted = config.getoption("--diffusers")
+    if wanted is None:
+        return
+    import diffusers  # not earlier: it imports Triton, which must find the variable above
+
+    if diffusers.__version__ != wanted:
+        raise pytest.UsageError(f"diffusers must be {wanted}; got {diffusers.__version__} from {diffusers.__file__}")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -107,7 +107,7 @@ def test_evaluate_writes_a_report_and_numbers(plan, prompts, tmp_path, capsys):
     assert paro("evaluate", "demo", "--plan", plan, "--prompts", prompts, "--out", out, "--json", *FAST) == 0
     numbers, _ = said(capsys)
     assert json.loads((out / "results.json").read_text())["clips"] == numbers["clips"]
-    assert 10 < numbers["summary"]["psnr"]["mean"] < 60
+    assert 10 < numbers["summary"]["psnr"]["mean"] < 99
     assert CALIBRATION_PROMPTS[0] in (out / "report.html").read_text()
 
 

@@ -22,6 +22,7 @@ import tiny_models as tiny
 import torch
 from diffusers import ContextParallelConfig, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, hooks
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
 from tiny_models import TWO_PHASES, VARIANTS, random_plan, tiny_pipeline, tiny_wan, wan_inputs
@@ -563,6 +564,59 @@ def test_pyramid_attention_broadcast():
     )
 
 
+@row(CACHES, "SeaCache", "Wan, with a diffusers that has it; before or after `apply`", bound=1e-5)
+def test_sea_cache():
+    if not hasattr(hooks, "SeaCacheConfig"):
+        pytest.skip("this diffusers has none")
+    config = hooks.SeaCacheConfig(threshold=50.0)
+
+    def run(pipe: Any) -> torch.Tensor:
+        return run_wan(pipe, num_inference_steps=8)
+
+    def enable(pipe: Any) -> None:
+        pipe.transformer.enable_cache(config)
+
+    worst, pipe = pipelines_together(enable, run, wan_plan(), make=wan_pipeline), wan_pipeline()
+    apply(pipe, whole(wan_plan()))
+    enable(pipe)
+    run(pipe)
+    assert 0 < min(calls(pipe)) < 16, "nothing was cached"
+    return worst
+
+
+def with_tea_cache(model: Any, threshold: float = 2.5) -> None:
+    """TeaCache as its users write it: a new `forward` that skips all blocks while the time embedding hardly changes."""
+    original, known = model.forward, {}
+
+    @functools.wraps(original)
+    def forward(hidden_states, timestep, encoder_hidden_states, *args, **kwargs):
+        embedding = model.condition_embedder.timesteps_proj(timestep)
+        branch = float(encoder_hidden_states.sum())
+        before, found, drift = known.get(branch, (None, None, 0.0))
+        if before is not None:
+            drift += ((embedding - before).abs().mean() / before.abs().mean()).item()
+        if before is None or drift >= threshold:
+            found, drift = original(hidden_states, timestep, encoder_hidden_states, *args, **kwargs), 0.0
+        known[branch] = (embedding, found, drift)
+        return found
+
+    model.forward, model.tea_cache = forward, known
+
+
+@row(CACHES, "TeaCache, TeaCache-like", "a `forward` that skips all blocks, before or after `apply`", bound=1e-5)
+def test_tea_cache():
+    def run(pipe: Any) -> torch.Tensor:
+        pipe.transformer.tea_cache.clear()
+        return pipe(8).frames
+
+    worst, pipe = pipelines_together(lambda pipe: with_tea_cache(pipe.transformer), run), tiny_pipeline()
+    apply(pipe, whole(PHASED))
+    with_tea_cache(pipe.transformer)
+    run(pipe)
+    assert 2 < min(calls(pipe)) < 16, "nothing was skipped, or all"
+    return worst
+
+
 @row(CACHES, "cache-dit", "its `DBCacheConfig` on the blocks, before or after `apply`", bound=1e-5)
 def test_cache_dit():
     cache_dit = needs("cache_dit")
@@ -671,6 +725,22 @@ def test_ip_adapter_after_apply():
     return Dense(says)
 
 
+@row(ATTENTION, "IP-adapter (SD3)", "loaded before `apply`; it calls attention in a way of its own")
+def test_ip_adapter_of_sd3():
+    says = (
+        "the processor must call diffusers' attention dispatcher; got SD3IPAdapterJointAttnProcessor2_0, which does not"
+    )
+    variant = VARIANTS["sd3"]
+    model = variant.build()
+    adapter = SD3IPAdapterJointAttnProcessor2_0(tiny.WIDTH, 24, tiny.HEADS, tiny.HEAD_DIM, 16)
+    model.transformer_blocks[0].attn.set_processor(adapter)
+    before = dict(model.attn_processors)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        apply(model, variant.plan())
+    assert dict(model.attn_processors) == before
+    return Refused(says)
+
+
 @row(ATTENTION, "image conditioning of Wan I2V", "257 image tokens stay in cross-attention", bound=1e-5)
 def test_image_conditioning():
     variant = VARIANTS["wan-i2v"]
@@ -723,10 +793,10 @@ def wan_plan() -> TransformerPlan:
     return random_plan(grid=WAN_GRID, density=0.5, phases=TWO_PHASES, block=(8, 16))
 
 
-def prompts(**kinds: bool) -> dict[str, torch.Tensor]:
+def prompts(*names: str, **kinds: bool) -> dict[str, torch.Tensor]:
     import tiny_pipelines
 
-    return tiny_pipelines.embeddings(1, **kinds)
+    return tiny_pipelines.embeddings(1, *names, **kinds)
 
 
 def run_wan(pipe: Any, **call: Any) -> torch.Tensor:
@@ -735,7 +805,7 @@ def run_wan(pipe: Any, **call: Any) -> torch.Tensor:
     return pipe(**prompts(negative=True), **settings | call, generator=torch.Generator().manual_seed(0)).frames
 
 
-@row(CALLS, "batch of 2, guidance in one call or two", "", bound=1e-5)
+@row(CALLS, "batch of 2, guidance in one call or two", "masks do not depend on the batch", bound=1e-5)
 def test_batches():
     batched = pipelines_together(nothing, lambda pipe: pipe(4, batched=True).frames)
     return max(batched, together(nothing, lambda model: forward(model, **wan_inputs(batch=2))))
@@ -797,7 +867,9 @@ def flux_together(name: str, **call: Any) -> float:
 
     def run(pipe: Any) -> torch.Tensor:
         settings = {"height": 20, "width": 24, "num_inference_steps": 5, "output_type": "latent"}
-        return pipe(**prompts(pooled=True), **settings, **call, generator=torch.Generator().manual_seed(0)).images
+        return pipe(
+            **prompts("pooled_prompt_embeds"), **settings, **call, generator=torch.Generator().manual_seed(0)
+        ).images
 
     return pipelines_together(nothing, run, plan, make=flux_pipeline(name))
 
@@ -870,7 +942,7 @@ def test_another_grid_without_strictness():
 TORCH = "PyTorch"
 
 
-@row(TORCH, "`torch.inference_mode`", "", bound=1e-5)
+@row(TORCH, "`torch.inference_mode`", "around the model's call", bound=1e-5)
 def test_inference_mode():
     def run(model: Any) -> torch.Tensor:
         with torch.inference_mode():
@@ -896,7 +968,21 @@ def test_other_dtypes():
     return together(lambda model: model.to(torch.bfloat16), run, random_plan(density=0.4, precision="bf16"))
 
 
-@row(TORCH, "gradient checkpointing switched on, no gradient asked for", "", bound=1e-5)
+@row(
+    TORCH,
+    "`.to(torch.float64)`, float64 inputs",
+    "the reference, in float64; a kernel that is asked for refuses",
+    bound=1e-5,
+)
+def test_float64():
+    def run(model: Any) -> torch.Tensor:
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in wan_inputs().items()}
+        return forward(model, **inputs)
+
+    return together(lambda model: model.to(torch.float64), run)
+
+
+@row(TORCH, "gradient checkpointing switched on, no gradient asked for", "nothing to recompute", bound=1e-5)
 def test_checkpointing_without_gradients():
     return together(lambda model: model.enable_gradient_checkpointing())
 
@@ -1048,10 +1134,32 @@ def test_the_page_says_what_was_found():
     assert {name: says[name] for name in FOUND} == FOUND, f"run python tests/{Path(__file__).name}"
 
 
+def test_the_page_has_no_empty_cell():
+    assert all(row.section and row.feature and row.note for row in ROWS.values())
+    text = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\|(.*)\|$", text[text.index(START) : text.index(END)], re.M)
+    assert all(cell.strip() for each in rows for cell in each.split("|"))
+
+
 def test_the_page_has_no_row_that_is_no_test():
     text = PAGE.read_text(encoding="utf-8")
     listed = re.findall(r"^\| (.*?) \|", text[text.index(START) : text.index(END)], re.M)
     assert {each for each in listed if each not in ("together with", "---")} == {row.feature for row in ROWS.values()}
+
+
+def test_every_test_that_touches_diffusers_runs_on_the_oldest_supported_one_too():
+    root = PAGE.parents[1]
+    makefile = (root / "Makefile").read_text()
+    tested = re.search(r"^OLDEST := (\d+\.\d+)\.", makefile, re.M)
+    supported = re.search(r'"diffusers>=(\d+\.\d+)"', (root / "pyproject.toml").read_text())
+    assert tested and supported and tested[1] == supported[1]
+    listed = re.search(r"^TOUCH_DIFFUSERS := .*,([\w ]+)\)\)$", makefile, re.M)
+    touching = [
+        path.stem.removeprefix("test_")
+        for path in sorted((root / "tests").glob("test_*.py"))
+        if re.search(r"^\s*(from|import) (diffusers|tiny_)", path.read_text(encoding="utf-8"), re.M)
+    ]
+    assert listed and set(touching) <= set(listed[1].split())
 
 
 def main() -> int:

@@ -17,18 +17,13 @@ import torch
 from PIL import Image
 
 from paroattn.block_mask import BlockMask, blocks_of
+from paroattn.evaluation import clip_sections, plan_page, video, wording
 from paroattn.evaluation import report as report_module
-from paroattn.evaluation import video
 from paroattn.evaluation.fidelity import Comparison, Fidelity, compare, evaluate, summarise, summarise_metrics
+from paroattn.evaluation.maps import AttentionMap
 from paroattn.evaluation.pictures import colour_of, map_picture, mask_picture
-from paroattn.evaluation.report import (
-    AttentionMap,
-    ReportData,
-    draw_plan,
-    environment,
-    write_plan,
-    write_report,
-)
+from paroattn.evaluation.plan_page import draw_plan, write_plan
+from paroattn.evaluation.report import ReportData, environment, write_report
 from paroattn.evaluation.video import check_clip_path, difference, sprite_sheet, to_pixels, write_clip
 from paroattn.grid import ORDERS, Grid, TextSpan
 from paroattn.plan.plan import LayerPlan, Phase, TransformerPlan
@@ -788,7 +783,7 @@ def test_what_ran_is_read_with_whatever_is_there(tmp_path):
 
 
 def test_a_report_stays_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_module, "CLIPS_BUDGET", 60_000)
+    monkeypatch.setattr(clip_sections, "CLIPS_BUDGET", 60_000)
     noisy = smooth(6, 60, 90) + 0.1 * torch.randn(6, 3, 60, 90, generator=torch.Generator().manual_seed(0))
     clip = Comparison("p", 0, Fidelity(20.0, 0.5, 0.5), 1.0, 1.0, noisy, noisy.flip(0))
     path = write_report(ReportData("t", clips=[clip, clip]), tmp_path / "r.html")
@@ -798,8 +793,9 @@ def test_a_report_stays_small(tmp_path, monkeypatch):
 @pytest.mark.parametrize("write", [write_report, write_plan])
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, write):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(report_module, "write_page", lambda *_: pytest.fail("worked too early"))
-    monkeypatch.setattr(report_module, "sprite_sheet", lambda *_, **__: pytest.fail("worked too early"))
+    for module in (report_module, plan_page):
+        monkeypatch.setattr(module, "write_page", lambda *_: pytest.fail("worked too early"))
+    monkeypatch.setattr(clip_sections, "sprite_sheet", lambda *_, **__: pytest.fail("worked too early"))
     data = everything() if write is write_report else {"transformer": a_plan()}
     with pytest.raises(PermissionError, match="cannot be written"):
         write(data, tmp_path / "file" / "page.html")
@@ -826,7 +822,7 @@ def test_the_environment_names_what_ran():
     ],
 )
 def test_durations_read_well(seconds, text):
-    assert report_module._duration(seconds) == text
+    assert wording.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -839,4 +835,4 @@ def test_durations_read_well(seconds, text):
     ],
 )
 def test_layers_are_named_by_what_differs(paths, names):
-    assert report_module._short(paths) == names
+    assert wording.short(paths) == names

@@ -109,6 +109,20 @@ def with_gradients(model: Any) -> None:
         model.requires_grad_(False)
 
 
+def input_with_gradient(model: Any) -> None:
+    inputs = wan_inputs()
+    inputs["hidden_states"].requires_grad_()
+    model(**inputs)
+
+
+def in_double(model: Any) -> None:
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in wan_inputs().items()}
+    try:
+        forward(model.double(), **inputs)
+    finally:
+        model.float()
+
+
 def without_interpreter(model: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0")
@@ -235,6 +249,12 @@ MISUSES = [
            "attention has no gradient; got tensors that require one", r"Call it under torch\.no_grad"),
     Misuse("64-bit attention of 32-bit tensors", on_call(forward, precision="fp64"), ValueError,
            r"float64 tensors for precision fp64; got fp64 on torch\.float32", "Choose another impl or precision"),
+    Misuse("64-bit inputs in a kernel", on_call(in_double, impl="triton", precision="int8"), ValueError,
+           "triton needs tensors on a GPU, not float64.*got int8 on torch.float64", "Choose another impl"),
+    Misuse("64-bit inputs on the CPU path", on_call(in_double, impl="cpu"), ValueError,
+           "cpu needs float32 tensors on a CPU.*got fp32 on torch.float64", "Choose another impl"),
+    Misuse("an input that requires a gradient", on_call(input_with_gradient), ValueError,
+           "attention has no gradient; got tensors that require one", r"Call it under torch\.no_grad"),
     Misuse("Triton without a GPU", on_call(without_interpreter, impl="triton", precision="int8"), ValueError,
            "triton needs tensors on a GPU.*; got int8 on .* tensors on cpu", "Choose another impl"),
     Misuse("the CPU path in INT8", on_call(forward, impl="cpu", precision="int8"), ValueError,

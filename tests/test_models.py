@@ -3,7 +3,7 @@
 import functools
 import itertools
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import diffusers
@@ -13,7 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models import attention_processor
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
@@ -31,6 +31,7 @@ from tiny_models import (
     positions,
     tiny_wan,
 )
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -682,17 +683,94 @@ class TestProcessors:
             rows = report(model).to_dict()["transformer"]["layers"]
         assert [row["sparse_calls"] for row in rows.values()] == [1, 0]
 
-    @pytest.mark.parametrize("name", ["cogvideox-5b", "hunyuanvideo-1.5", "mochi", "sd3", "qwen-image-padded"])
-    def test_blocks_compile_without_a_break(self, name):
-        variant, inputs = VARIANTS[name], VARIANTS[name].call(2)
-        model = variant.build()
-        apply(model, variant.plan(density=0.4))
-        expected = forward(model, inputs)
+
+ONE_OF_A_KIND = {variant.transformer: variant for variant in reversed(VARIANTS.values())}
+WITH_OR_WITHOUT = pytest.mark.parametrize("planned", [False, True], ids=["without a plan", "with a plan"])
+
+
+@pytest.fixture
+def active_backend():
+    """The one that diffusers uses throughout the process, and how to ask for it; set back afterwards."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield lambda: _AttentionBackendRegistry.get_active_backend()[0]
+    _AttentionBackendRegistry.set_active_backend(before)
+
+
+class TestTheFourPropertiesOfABackend:
+    """What diffusers' AttentionBackendTesterMixin asks of every backend, of every model, with and without a plan."""
+
+    def on(self, variant, planned, density=0.4):
+        backend.paro_backend()
+        return applied(of(variant), variant.plan(density=density)) if planned else nullcontext()
+
+    @EVERY
+    @WITH_OR_WITHOUT
+    def test_set_attention_backend_matches_context_manager(self, variant, planned, active_backend):
+        model, inputs = of(variant), variant.call()
+        with self.on(variant, planned):
+            with attention_backend("paro"):
+                expected = forward(model, inputs)
+            model.set_attention_backend("paro")
+            try:
+                assert torch.equal(forward(model, inputs), expected)
+            finally:
+                model.reset_attention_backend()
+
+    @EVERY
+    @WITH_OR_WITHOUT
+    def test_output_close_to_native(self, variant, planned, active_backend):
+        model, inputs = of(variant), variant.call()
+        with attention_backend("native"):
+            expected = forward(model, inputs)
+        with self.on(variant, planned, density=1):
+            model.set_attention_backend("paro")
+            try:
+                assert difference(forward(model, inputs), expected) < 1e-5
+            finally:
+                model.reset_attention_backend()
+        assert torch.equal(forward(model, inputs), expected)
+
+    @EVERY
+    @WITH_OR_WITHOUT
+    def test_context_manager_switches_and_restores_backend(self, variant, planned, active_backend):
+        model, inputs, before = of(variant), variant.call(), active_backend()
+        with self.on(variant, planned):
+            expected = forward(model, inputs)
+            with attention_backend("paro"):
+                assert active_backend() == "paro" != before
+                assert difference(forward(model, inputs), expected) < 1e-5
+            assert active_backend() == before
+            assert torch.equal(forward(model, inputs), expected)
+
+    @pytest.mark.parametrize("variant", ONE_OF_A_KIND.values(), ids=ONE_OF_A_KIND)
+    def test_compile(self, variant, active_backend):
+        """Whole graphs, no more of them than of the stock model, and none in a second or third call."""
+        inputs, graphs = [variant.call(2, seed) for seed in (0, 1)], {}
+        for way in ("stock", "without a plan", "with a plan"):
+            model = variant.build()
+            if way == "without a plan":
+                model.set_attention_backend("paro")
+            if way == "with a plan":
+                apply(model, variant.plan(density=0.4))
+            expected = [forward(model, each) for each in inputs]
+            torch.compiler.reset()
+            counters.clear()
+            compile_blocks(model)
+            assert difference(forward(model, inputs[0]), expected[0]) < 1e-5
+            graphs[way] = counters["stats"]["unique_graphs"]
+            for each, wanted in zip(inputs, expected, strict=True):
+                assert difference(forward(model, each), wanted) < 1e-5
+            assert counters["stats"]["unique_graphs"] == graphs[way] and not counters["graph_break"]
         torch.compiler.reset()
-        for block in model.transformer_blocks:
-            block.compile(fullgraph=True, backend="eager")
-        assert difference(forward(model, inputs), expected) < 1e-5
-        torch.compiler.reset()
+        assert graphs["with a plan"] <= graphs["stock"] and graphs["without a plan"] <= graphs["stock"], graphs
+
+
+def compile_blocks(model):
+    """What compile_repeated_blocks does, also for models of which diffusers does not know what repeats."""
+    for name, block in model.named_children():
+        if isinstance(block, torch.nn.ModuleList) and "blocks" in name:
+            for each in block:
+                each.compile(fullgraph=True, backend="eager")
 
 
 class TestCalibration:

@@ -1,5 +1,6 @@
 """Pipelines of diffusers from a folder to a report: calibrate, generate and evaluate, for videos and for images."""
 
+import functools
 import inspect
 import json
 
@@ -10,44 +11,70 @@ from safetensors.torch import save_file
 
 from paroattn.cli import main
 from paroattn.integration.generate import Prompt, generate_clip, run
+from paroattn.integration.models import MODELS
 from paroattn.integration.pipelines import load_pipeline, place, read_arguments, read_embeddings, read_prompts
+from paroattn.plan.plan import Plan
 
 pytest.importorskip("transformers", reason="diffusers' own pipelines need transformers")
 import tiny_pipelines as tiny
 
-SIZE = {"wan": (48, 64, 9), "wan_i2v": (48, 64, 9), "ltx": (32, 64, 9), "flux": (20, 24, None)}
-GRIDS = {"wan": "3x3x4", "ltx": "3x8x16", "flux": "1x10x12"}
-LEFT_OUT = {
-    "wan": ["text_encoder", "tokenizer"],
-    "wan_i2v": ["text_encoder", "tokenizer", "image_encoder", "image_processor"],
-    "flux": ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
-}
+PIPELINES = tiny.PIPELINES
+EVERY = pytest.mark.parametrize("name", PIPELINES)
+WITH_WORDS = ("ltx",)
+quiet = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's rotary embedding
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {name: tiny.saved(getattr(tiny, name)(), folder / name) for name in SIZE}
+    """Folders of pipelines, each written when it is asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def folder(name):
+        pipe = tiny.wan_i2v() if name == "wan-i2v" else PIPELINES[name].build()
+        return tiny.saved(pipe, root / name), tiny.missing(pipe)
+
+    return folder
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """Prompts as embeddings: two for videos with their negatives, two for images."""
-    folder = tmp_path_factory.mktemp("prompts")
-    return {
-        "cat": tiny.saved_embeddings(folder / "cat.safetensors", 1, "a cat runs", negative=True),
-        "dog": tiny.saved_embeddings(folder / "dog.safetensors", 2, negative=True),
-        "tree": tiny.saved_embeddings(folder / "tree.safetensors", 3, "a tree", pooled=True),
-    }
+    """Two prompts for a pipeline, as options: words if it reads them, else embeddings of which one says its words."""
+    root = tmp_path_factory.mktemp("prompts")
+
+    @functools.cache
+    def options(name):
+        if name in WITH_WORDS:
+            return ["--prompt", "a cat runs", "--prompt", "dog"]
+        given, folder = PIPELINES[name], root / name
+        folder.mkdir()
+        files = [
+            tiny.saved_embeddings(
+                folder / f"{file}.safetensors", seed, *given.text, words=text, negative=given.negative
+            )
+            for seed, (file, text) in enumerate({"cat": "a cat runs", "dog": None}.items())
+        ]
+        return ["--prompt-embeds", files[0], "--prompt-embeds", files[1]]
+
+    return options
 
 
 def size(name) -> list:
-    height, width, frames = SIZE[name]
+    height, width, frames = PIPELINES[name].size
     return ["--height", height, "--width", width, *(["--frames", frames] if frames else [])]
 
 
-def without(name) -> list:
-    return ["--without", *LEFT_OUT[name]] if name in LEFT_OUT else []
+def without(missing) -> list:
+    return ["--without", *missing] if missing else []
 
 
 def paro(*arguments) -> int:
@@ -59,59 +86,61 @@ def said(capsys) -> tuple[dict, str]:
     return json.loads(captured.out) if captured.out else {}, " ".join(captured.err.split())
 
 
-PROMPTS = {
-    "wan": lambda words: ["--prompt-embeds", words["cat"], "--prompt-embeds", words["dog"]],
-    "ltx": lambda words: ["--prompt", "a cat runs", "--prompt", "a dog sleeps"],
-    "flux": lambda words: ["--prompt-embeds", words["tree"]],
-}
-CALL = {"wan": ["--guidance-scale", 3], "ltx": ["--guidance-scale", 3, "--negative-prompt", "cat"], "flux": []}
-
-
-@pytest.mark.parametrize("name", PROMPTS)
+@quiet
+@EVERY
 def test_a_pipeline_goes_from_calibration_to_a_report(name, models, words, tmp_path, capsys):
-    shared = [*without(name), *size(name), *CALL[name], "--json"]
-    prompts = PROMPTS[name](words)
+    given, (folder, missing) = PIPELINES[name], models(name)
+    parts = ("transformer", "transformer_2")[: len(given.calls)]
+    shared = [*without(missing), *size(name), *given.call, "--json"]
     plan = tmp_path / "plan"
     settings = ["--density", 0.4, "--block", "16x16", "--steps", 2, "--out", plan]
-    assert paro("calibrate", models[name], *prompts, *shared, *settings) == 0
+    assert paro("calibrate", folder, *words(name), *shared, *settings) == 0
     about, _ = said(capsys)
-    assert about["transformer"]["grid"] == GRIDS[name]
-    made = json.loads((plan / "transformer" / "plan.json").read_text())["made"]
-    assert made["calibration"]["prompts"] == {
-        "wan": ["a cat runs", "dog"], "ltx": ["a cat runs", "a dog sleeps"], "flux": ["a tree"],
-    }[name]  # fmt: skip
+    assert {part: about[part]["grid"] for part in parts} == dict.fromkeys(parts, given.grid)
+    made = {name: part.made["calibration"]["prompts"] for name, part in Plan.from_pretrained(plan).items()}
+    assert made == {part: ["a cat runs", "dog"] for part in parts}
 
-    out = tmp_path / ("image.png" if name == "flux" else "clip.gif")
-    one = prompts[:2]
-    assert paro("generate", models[name], "--plan", plan, *one, *shared, "--steps", 3, "--out", out) == 0
-    numbers, _ = said(capsys)
-    calls = numbers["executed"]["transformer"]["calls"]
-    assert calls == {"sparse": 3 if name == "flux" else 6 if name == "wan" else 3}
+    image = given.size[2] is None
+    out = tmp_path / ("image.png" if image else "clip.gif")
+    one = words(name)[:2]
+    assert paro("generate", folder, "--plan", plan, *one, *shared, "--steps", 3, "--out", out) == 0
+    executed = said(capsys)[0]["executed"]
+    assert {part: executed[part]["calls"] for part in parts} == {
+        part: {"sparse": calls} for part, calls in zip(parts, given.calls, strict=True)
+    }
+    assert all(0.3 < executed[part]["density"] < 1 for part in parts)
     with Image.open(out) as picture:
-        assert picture.width * SIZE[name][0] == picture.height * SIZE[name][1]
-        assert getattr(picture, "n_frames", 1) == (1 if name == "flux" else 9)
+        assert picture.width * given.size[0] == picture.height * given.size[1]
+        assert getattr(picture, "n_frames", 1) == (given.size[2] or 1)
 
     report = tmp_path / "report"
-    assert paro("evaluate", models[name], "--plan", plan, *one, *shared, "--steps", 2, "--out", report) == 0
+    assert paro("evaluate", folder, "--plan", plan, *one, *shared, "--steps", 2, "--out", report) == 0
     numbers, _ = said(capsys)
     assert 5 < numbers["summary"]["psnr"]["mean"] < 80
-    assert ("a tree" if name == "flux" else "a cat runs") in (report / "report.html").read_text()
+    assert "a cat runs" in (report / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@quiet
+@EVERY
 def test_a_plan_that_keeps_everything_gives_what_dense_gives(name, models, words, tmp_path, capsys):
-    shared, one = [*without(name), *size(name), "--json"], PROMPTS[name](words)[:2]
+    folder, missing = models(name)
+    shared, one = [*without(missing), *size(name), *PIPELINES[name].call, "--json"], words(name)[:2]
     plan, report = tmp_path / "plan", tmp_path / "report"
-    settings = ["--density", 1, "--block", "16x16", "--steps", 1, "--out", plan]
-    assert paro("calibrate", models[name], *one, *shared, *settings) == 0
+    settings = ["--density", 1, "--block", "16x16", "--steps", 2, "--out", plan]
+    assert paro("calibrate", folder, *one, *shared, *settings) == 0
     said(capsys)
-    assert paro("evaluate", models[name], "--plan", plan, *one, *shared, "--steps", 2, "--out", report) == 0
+    assert paro("evaluate", folder, "--plan", plan, *one, *shared, "--steps", 2, "--out", report) == 0
     (clip,) = said(capsys)[0]["clips"]
     assert clip["identical"] or clip["psnr"] > 80
 
 
+def test_every_kind_of_model_has_a_tiny_pipeline():
+    assert {type(each.build().transformer).__name__ for each in PIPELINES.values()} == set(MODELS)
+
+
 def test_another_size_than_the_plan_s_stops_before_the_first_step(models, words, tmp_path, capsys):
-    shared = [models["wan"], *without("wan"), "--prompt-embeds", words["cat"]]
+    folder, missing = models("wan")
+    shared = [folder, *without(missing), *words("wan")[:2]]
     plan, out = tmp_path / "plan", tmp_path / "clip.gif"
     assert paro("calibrate", *shared, *size("wan"), "--block", "16x16", "--steps", 1, "--out", plan) == 0
     said(capsys)
@@ -128,8 +157,8 @@ def test_pictures_reach_the_pipeline_for_all_prompts_or_for_one(models, words, t
     pictures = {}
     for name, colour in (("red", "red"), ("blue", "blue")):
         Image.new("RGBA", (64, 48), colour).save(pictures.setdefault(name, tmp_path / f"{name}.png"))
-    shared = ["generate", models["wan_i2v"], "--dense", *without("wan_i2v"), *size("wan_i2v"), "--steps", 1]
-    shared += ["--prompt-embeds", words["cat"], "--out"]
+    folder, missing = models("wan-i2v")
+    shared = ["generate", folder, "--dense", *without(missing), *size("wan"), "--steps", 1, *words("wan")[:2], "--out"]
     assert paro(*shared, tmp_path / "red.gif", "--image", pictures["red"]) == 0
     assert paro(*shared, tmp_path / "blue.gif", "--image", pictures["blue"]) == 0
     assert paro(*shared, tmp_path / "set.gif", "--set", f"image=@{pictures['red']}") == 0
@@ -174,25 +203,26 @@ def test_a_prompt_s_own_arguments_win_and_embeddings_replace_its_words(monkeypat
         run(pipe, Prompt("a cat", width=3), 0)
 
 
+def loaded(models, name, **settings):
+    folder, missing = models(name)
+    return load_pipeline(folder, device="cpu", **dict.fromkeys(missing), **settings)
+
+
 def test_several_images_for_a_prompt_all_come_back(models, words):
-    pipe = load_pipeline(models["flux"], device="cpu", **dict.fromkeys(LEFT_OUT["flux"]))
-    images = generate_clip(
-        pipe, read_embeddings(words["tree"]), 0, steps=1, height=20, width=24, num_images_per_prompt=2
-    )
+    pipe, prompt = loaded(models, "flux"), read_embeddings(words("flux")[1])
+    images = generate_clip(pipe, prompt, 0, steps=1, height=20, width=24, num_images_per_prompt=2)
     assert images.shape == (2, 3, 20, 24) and not torch.equal(images[0], images[1])
     assert images.amin() < 0 and -1 <= images.amin() and images.amax() <= 1
 
 
 def test_dtypes_are_those_asked_for(models):
-    load = dict.fromkeys(LEFT_OUT["wan"])
-    pipe = load_pipeline(models["wan"], device="cpu", dtype="bf16", vae_dtype="fp32", vae_tiling=True, **load)
+    pipe = loaded(models, "wan", dtype="bf16", vae_dtype="fp32", vae_tiling=True)
     assert (pipe.transformer.dtype, pipe.vae.dtype, pipe.vae.use_tiling) == (torch.bfloat16, torch.float32, True)
-    assert load_pipeline(models["wan"], device="cpu", **load).transformer.dtype == torch.float32
+    assert loaded(models, "wan").transformer.dtype == torch.float32
 
 
 def test_another_class_than_the_model_s_own_may_load_it(models):
-    load = dict.fromkeys(LEFT_OUT["wan"])
-    pipe = load_pipeline(models["wan"], pipeline="WanVideoToVideoPipeline", device="cpu", **load)
+    pipe = loaded(models, "wan", pipeline="WanVideoToVideoPipeline")
     assert type(pipe).__name__ == "WanVideoToVideoPipeline"
 
 
@@ -212,7 +242,7 @@ def test_offloading_is_asked_of_diffusers():
 
 
 def test_diffusers_takes_what_offloading_hands_it(models):
-    pipe = load_pipeline(models["wan"], device="cpu", **dict.fromkeys(LEFT_OUT["wan"]))
+    pipe = loaded(models, "wan")
     assert {"onload_device", "offload_type"} <= set(inspect.signature(pipe.enable_group_offload).parameters)
     assert "device" in inspect.signature(pipe.enable_model_cpu_offload).parameters
 
@@ -238,9 +268,10 @@ def test_a_wrong_use_says_what_and_why(models, words, tmp_path, capsys):
     (tmp_path / "words.safetensors").write_text("not tensors")
     save_file({"embeds": torch.ones(1)}, tmp_path / "other.safetensors")
     (tmp_path / "lines.jsonl").write_text('{"words": "a cat"}\n')
-    wan = [models["wan"], *without("wan")]
+    folder, missing = models("wan")
+    wan = [folder, *without(missing)]
     generate = ["generate", *wan, "--dense", "--out", tmp_path / "x.gif"]
-    cat = ["--prompt-embeds", words["cat"]]
+    cat = words("wan")[:2]
     calibrate = ["calibrate", *wan, "--out", tmp_path / "plan"]
     wrong = {
         "is no safetensors file": [*generate, "--prompt-embeds", tmp_path / "words.safetensors"],
@@ -252,7 +283,7 @@ def test_a_wrong_use_says_what_and_why(models, words, tmp_path, capsys):
         'a line is {"prompt"': [*calibrate, "--prompts", tmp_path / "lines.jsonl"],
         "written name=value": [*generate, *cat, "--set", "height"],
         "WanPipeline has no argument heigth; it has prompt": [*generate, *cat, "--set", "heigth=3"],
-        "a file must be a picture": [*generate, *cat, "--image", words["cat"]],
+        "a file must be a picture": [*generate, *cat, "--image", cat[1]],
         "none.png": [*generate, *cat, "--image", tmp_path / "none.png"],
         "offload must be one of none, model, group; got disk": [*generate, *cat, "--offload", "disk"],
         "offload model needs a GPU": [*generate, *cat, "--device", "cpu", "--offload", "model"],
@@ -260,8 +291,8 @@ def test_a_wrong_use_says_what_and_why(models, words, tmp_path, capsys):
         "dtype must be one of bf16, fp16, fp32; got fp8": [*generate, *cat, "--dtype", "fp8"],
         "expected ['scheduler', 'text_encoder'": [
             "generate",
-            models["wan"],
-            *generate[2 + len(without("wan")) :],
+            folder,
+            *generate[2 + len(without(missing)) :],
             *cat,
         ],
     }

@@ -134,11 +134,13 @@ def test_both_transformers_get_weights_of_their_own():
 
 
 @pytest.mark.parametrize("what", ["phases", "layers", "none"])
-def test_every_prompt_is_generated_once_and_once_for_every_probe(what):
+def test_every_sample_is_generated_once_and_once_for_every_probe(what):
     pipe, shares = pipeline(), []
     measured = collected(pipe)
-    measure_sensitivity(pipe, measured, ["a", "bc"], what=what, settings=SETTINGS, steps=STEPS, progress=shares.append)
-    assert len(shares) == {"phases": 2 * 3, "layers": 2 * 5, "none": 0}[what]
+    measure_sensitivity(
+        pipe, measured, ("a", "bc"), what=what, seeds=2, settings=SETTINGS, steps=STEPS, progress=shares.append
+    )
+    assert len(shares) == {"phases": 4 * 3, "layers": 4 * 5, "none": 0}[what]
     assert shares[-1:] == ([1.0] if shares else [])
 
 
@@ -167,6 +169,8 @@ def test_a_calibration_measures_phases_unless_told_otherwise(tmp_path):
     assert set(kept.level_weights) == set(kept.noise_levels)
     with pytest.raises(ValueError, match=r"sensitivity must be one of none, phases, layers; got 'steps'"):
         calibrate(pipeline(), "a", sensitivity="steps", **settings)
+    with pytest.raises(ValueError, match="at least 1 seed of every prompt; got 0"):
+        calibrate(pipeline(), "a", sensitivity_seeds=0, **settings)
 
 
 def test_a_clip_that_is_not_finite_is_an_error_and_leaves_the_model_alone():

@@ -81,7 +81,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     with explained(journal), stages() as stage:
         measure_sensitivity(
-            pipe, measured, prompts[:1], what=args.sensitivity, settings=settings, steps=args.steps, seed=args.seed,
+            pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings, steps=args.steps, seed=args.seed,
             precision=own_precision(pipe), progress=partial(stage, "measuring sensitivity"), **call,
         )  # fmt: skip
     with explained(journal):
@@ -131,11 +131,11 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
         console().print(plan_table(name, part))
     following = f"paro generate MODEL --plan {args.plan} --prompt PROMPT --out out.mp4"
     if args.png:
-        from ..evaluation.report import write_plan_picture
+        from ..evaluation.plan_page import write_plan_picture
 
         end(write_plan_picture(plan, args.png, phase=args.phase), following)
     if args.html:
-        from ..evaluation.report import write_plan
+        from ..evaluation.plan_page import write_plan
 
         end(write_plan(plan, args.html, title=f"Attention plan {args.plan}", phase=args.phase), following)
     return _describe(plan)

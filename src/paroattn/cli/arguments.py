@@ -98,9 +98,12 @@ def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--block", default="64x64", help="query x key tokens of a block (default: %(default)s)")
     sub.add_argument(
         "--sensitivity", default="phases", choices=("none", "phases", "layers"),
-        help="what to measure of how much errors matter for the finished sample: one generation more for each phase, "
-        "and each layer (default: %(default)s)",
+        help="what to measure of how much errors matter for the finished sample: every prompt is generated once more "
+        "for each phase, and each layer (default: %(default)s)",
     )  # fmt: skip
+    sub.add_argument(
+        "--sensitivity-seeds", type=_count, default=1, help="samples of every prompt for that (default: %(default)s)"
+    )
     sub.add_argument("--row-stride", type=int, default=1, help="measure one query row in so many (default: all)")
 
 

@@ -36,6 +36,7 @@ def calibrate(
     exact: bool | None = None,
     economy: Economy | None = None,
     sensitivity: str = "phases",
+    sensitivity_seeds: int = 1,
     statistics: str | os.PathLike | None = None,
     seed: int = 0,
     impl: str = "auto",
@@ -61,8 +62,9 @@ def calibrate(
         settings: What else the plan should be.
         exact: Measure everything; by default if that takes at most 1 GiB.
         economy: What to measure otherwise.
-        sensitivity: Measure what an error in a "phases" or also in "layers" matters for the finished sample, or "none":
-            the first prompt is generated once more for every phase, and for every layer.
+        sensitivity: Measure what errors in "phases", or also in "layers", matter for the finished sample, or "none":
+            every prompt is generated once more for every phase, for every layer, and with all blocks.
+        sensitivity_seeds: Samples of every prompt for that; more weigh phases more surely.
         statistics: Folder to keep the statistics in, one sub-folder per transformer, for other plans later. A
             calibration that was interrupted leaves a folder of this name and ".unfinished", and goes on from there.
         seed: Seed of the first prompt; the next ones count up.
@@ -88,7 +90,7 @@ def calibrate(
     settings = settings if density is None else replace(settings, density=density)
     capture = capture or needed_by(settings)
     settings.check_measured(capture)
-    check_sensitivity(sensitivity)
+    check_sensitivity(sensitivity, sensitivity_seeds)
     if capture.block_stride > 1:
         raise ValueError(
             f"block_stride must be 1 to make a plan, since a mask needs all query blocks; got {capture.block_stride}. "
@@ -105,7 +107,7 @@ def calibrate(
         if sensitivity != "none":
             bar = progress or stack.enter_context(progress_bar("measuring sensitivity"))
             measure_sensitivity(
-                pipe, measured, check_prompts(prompts)[:1], what=sensitivity, settings=settings, steps=steps, seed=seed,
+                pipe, measured, check_prompts(prompts), what=sensitivity, seeds=sensitivity_seeds, settings=settings, steps=steps, seed=seed,
                 precision=own_precision(pipe), progress=bar, **call,
             )  # fmt: skip
         plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})

@@ -46,14 +46,16 @@ class Probe:
     plan: TransformerPlan
 
 
-def check_sensitivity(what: str) -> None:
-    """Check the name of what is measured.
+def check_sensitivity(what: str, seeds: int = 1) -> None:
+    """Check what is to be measured, and on how many samples.
 
     Raises:
-        ValueError: If it is unknown.
+        ValueError: If it is unknown, or on none.
     """
     if what not in SENSITIVITIES:
         raise ValueError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}; got {what!r}")
+    if seeds < 1:
+        raise ValueError(f"sensitivity needs at least 1 seed of every prompt; got {seeds}")
 
 
 def measure_sensitivity(
@@ -62,6 +64,7 @@ def measure_sensitivity(
     prompts: Sequence[str],
     *,
     what: str = "phases",
+    seeds: int = 1,
     settings: PlanSettings | None = None,
     steps: int,
     precision: str | None = None,
@@ -75,17 +78,19 @@ def measure_sensitivity(
     Args:
         pipe: The pipeline that was calibrated.
         measured: Its statistics, from `collect`.
-        prompts: As there; each is generated once for every phase, once for every layer if asked, and once more.
+        prompts: As there; a sample of each is generated once for every phase, once for every layer if asked, and once
+            more.
         what: "phases", "layers" for both, or "none".
+        seeds: Samples of every prompt. Single ones differ by half as much again; what counts is their geometric mean.
         settings: How the blocks that are dropped are chosen.
         precision: Of the attention meanwhile; that of `settings` by default. The transformer's own is best.
         steps, seed, impl, call: As in `calibrate`.
         progress: Called with the share of the work done, 0…1.
 
     Raises:
-        ValueError: If `what` is unknown, or the pipeline makes something that is not finite.
+        ValueError: If `what` is unknown, `seeds` is below 1, or the pipeline makes something that is not finite.
     """
-    check_sensitivity(what)
+    check_sensitivity(what, seeds)
     if what == "none":
         return
     settings = replace(settings or PlanSettings(), density=PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
@@ -93,27 +98,28 @@ def measure_sensitivity(
     everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
     probes = [probe for name, plan in plans.items() for probe in _probes(name, plan, what)]
     errors: dict[tuple[str, int | str], list[float]] = {(each.component, each.place): [] for each in probes}
-    total, done = len(prompts) * (1 + len(probes)), 0
+    samples = list(enumerate([*prompts] * seeds))
+    total, done = len(samples) * (1 + len(probes)), 0
 
-    def latents(prompt: int, plan: Mapping[str, TransformerPlan]) -> Tensor:
+    def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan]) -> Tensor:
         nonlocal done
         apply(pipe, Plan(plan), precision=precision, impl=impl)
         try:
-            output = run(pipe, prompts[prompt], seed + prompt, steps=steps, output_type="latent", **call)
+            output = run(pipe, prompt, seed + number, steps=steps, output_type="latent", **call)
         finally:
             remove(pipe)
         done += 1
         progress(done / total)
         return _tensor(output).float().cpu()
 
-    for prompt in range(len(prompts)):
-        exact = latents(prompt, everything)
+    for number, prompt in samples:
+        exact = latents(number, prompt, everything)
         power = exact.square().mean()
         for probe in probes:
-            changed = latents(prompt, everything | {probe.component: probe.plan})
+            changed = latents(number, prompt, everything | {probe.component: probe.plan})
             error = float((changed - exact).square().mean() / power)
             if not math.isfinite(error):
-                raise ValueError(f"the pipeline's latents must be finite; {prompts[prompt]!r} gave NaN or infinity")
+                raise ValueError(f"the pipeline's latents must be finite; {prompt!r} gave NaN or infinity")
             errors[probe.component, probe.place].append(error)
     for name, statistics in measured.items():
         found = {place: _typical(each) for (component, place), each in errors.items() if component == name}
