@@ -25,14 +25,27 @@ from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.evaluation.fidelity import compare, summarise
 from paroattn.grid import ORDERS, TILES
 from paroattn.integration.calibrate import collect
+from paroattn.integration.sensitivity import measure_sensitivity
 from paroattn.plan.plan import LayerPlan, Plan, TransformerPlan
 from paroattn.plan.search import PHASE_ENDS, PlanSettings, make_plan
 from records import environment, merge
 
 DENSITIES = (0.5, 0.3, 0.2, 0.1)
-KEY = ("order_score", "mask_score", "budget", "orders", "density_target", "precision", "block", "steps", "phase_ends")
+KEY = (
+    "order_score",
+    "mask_score",
+    "budget",
+    "orders",
+    "sensitivity",
+    "density_target",
+    "precision",
+    "block",
+    "steps",
+    "phase_ends",
+)
 PRECISIONS = ("int8", "int8/fp8", "int8-pv", "int8-qk", "int4")
 FIRST_SEED = 1000
+SENSITIVITY_SEEDS = 4
 
 
 @dataclass(frozen=True)
@@ -43,9 +56,14 @@ class Rule:
     mask_score: str
     budget: str
     orders: str = "six"
+    sensitivity: str = "none"
 
 
 RULES = (
+    Rule("output_error", "output_error", "layer_normalised", sensitivity="phases"),
+    Rule("output_error", "output_error", "layer_normalised", "six+tiles", "phases"),
+    Rule("output_error", "output_error", "layer_normalised", sensitivity="layers"),
+    Rule("none", "output_error", "layer_normalised", sensitivity="phases"),
     Rule("output_error", "output_error", "layer_normalised"),
     Rule("output_error", "output_error", "layer_normalised", "six+tiles"),
     Rule("paper", "mass", "global"),
@@ -110,16 +128,20 @@ def rows(bench: Bench, statistics: Statistics, args: argparse.Namespace) -> Iter
     """Every row of the table, the most important first."""
     common = {"phase_ends": list(args.phase_ends), "calibration_prompts": len(CALIBRATION_PROMPTS)}
 
+    by_phase = replace(statistics, layer_weights={})
+
     def plan(rule: Rule, density: float) -> TransformerPlan:
         settings = PlanSettings(
-            density, rule.order_score, rule.mask_score, rule.budget, CANDIDATES[rule.orders], args.phase_ends, "bf16"
-        )
-        return make_plan(statistics, settings)
+            density, rule.order_score, rule.mask_score, rule.budget, CANDIDATES[rule.orders], args.phase_ends, "bf16",
+            sensitivity=rule.sensitivity != "none",
+        )  # fmt: skip
+        return make_plan(statistics if rule.sensitivity == "layers" else by_phase, settings)
 
     default = RULES[0]
     dense = all_kept(plan(default, 1.0))
     bench.dense = bench.clips(dense, "bf16")
-    nothing = {"order_score": "none", "mask_score": None, "budget": None, "orders": None, "density_target": 1.0}
+    nothing = {"order_score": "none", "mask_score": None, "budget": None, "orders": None, "sensitivity": None}
+    nothing |= {"density_target": 1.0}
     for precision in args.precisions:
         yield common | nothing | bench.row(dense, precision)
         if precision == "int8":
@@ -127,6 +149,14 @@ def rows(bench: Bench, statistics: Statistics, args: argparse.Namespace) -> Iter
     for rule in RULES[: args.rules]:
         for density in args.densities:
             yield common | vars(rule) | {"density_target": density} | bench.row(plan(rule, density), "bf16")
+
+
+def weigh(bench: Bench, statistics: Statistics, steps: int) -> None:
+    """Measure what errors in phases and layers matter, on the calibration prompts."""
+    measure_sensitivity(
+        bench.pipe, {"transformer": statistics}, CALIBRATION_PROMPTS, what="layers", seeds=SENSITIVITY_SEEDS,
+        steps=steps, precision="bf16", impl=bench.impl,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -153,6 +183,7 @@ def main() -> None:
         statistics = collect(bench.pipe, CALIBRATION_PROMPTS, steps=args.calibration_steps, capture=capture)[
             "transformer"
         ]
+        weigh(bench, statistics, args.calibration_steps)
         if args.statistics:
             statistics.save(args.statistics)
     print(f"statistics after {time.time() - began:.1f} s", flush=True)
@@ -161,7 +192,7 @@ def main() -> None:
         merge(args.out, [row | about], KEY)
         print(
             f"{time.time() - began:6.1f} s",
-            {name: row[name] for name in (*KEY[:6], "density_executed", "psnr_mean", "psnr_min")},
+            {name: row[name] for name in (*KEY[:7], "density_executed", "psnr_mean", "psnr_min")},
             flush=True,
         )
 

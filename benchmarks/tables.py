@@ -19,17 +19,21 @@ CONTESTANTS = (
 )
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+RULE = ("order_score", "mask_score", "budget", "sensitivity")
 RULE_NAMES = {
-    ("none", "mass", "global"): "no reorder, mass, one threshold",
-    ("none", "mass", "per_head"): "no reorder, mass, per head",
-    ("none", "output_error", "layer_normalised"): "no reorder, output error",
-    ("paper", "mass", "global"): "paper's score, mass, one threshold",
-    ("paper", "mass", "per_head"): "paper's score, mass, per head",
-    ("mass", "mass", "global"): "mass, one threshold",
-    ("mass", "mass", "per_head"): "mass, per head",
-    ("output_error", "output_error", "global"): "output error, one threshold",
-    ("output_error", "output_error", "per_head"): "output error, per head",
-    ("output_error", "output_error", "layer_normalised"): "**output error, layer-normalised (default)**",
+    ("none", "mass", "global", "none"): "no reorder, mass, one threshold",
+    ("none", "mass", "per_head", "none"): "no reorder, mass, per head",
+    ("none", "output_error", "layer_normalised", "none"): "no reorder, output error",
+    ("none", "output_error", "layer_normalised", "phases"): "no reorder, output error, weighed by phase",
+    ("paper", "mass", "global", "none"): "paper's score, mass, one threshold",
+    ("paper", "mass", "per_head", "none"): "paper's score, mass, per head",
+    ("mass", "mass", "global", "none"): "mass, one threshold",
+    ("mass", "mass", "per_head", "none"): "mass, per head",
+    ("output_error", "output_error", "global", "none"): "output error, one threshold",
+    ("output_error", "output_error", "per_head", "none"): "output error, per head",
+    ("output_error", "output_error", "layer_normalised", "none"): "output error, layer-normalised",
+    ("output_error", "output_error", "layer_normalised", "layers"): "output error, weighed by phase and layer",
+    ("output_error", "output_error", "layer_normalised", "phases"): "**output error, weighed by phase (default)**",
 }
 
 
@@ -64,7 +68,7 @@ def fidelity() -> str:
             mine = {
                 row["density_target"]: row
                 for row in sparse
-                if (row["order_score"], row["mask_score"], row["budget"]) == rule and row["orders"] == orders
+                if tuple(row[name] for name in RULE) == rule and row["orders"] == orders
             }
             if mine:
                 cells = [

@@ -81,7 +81,8 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     with explained(journal), stages() as stage:
         measure_sensitivity(
-            pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings, steps=args.steps, seed=args.seed,
+            pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
+            steps=args.steps, seed=args.seed,
             precision=own_precision(pipe), progress=partial(stage, "measuring sensitivity"), **call,
         )  # fmt: skip
     with explained(journal):

@@ -145,9 +145,7 @@ def _limited(plan: TransformerPlan, dropping: Callable[[str, int], bool]) -> Tra
     return replace(plan, layers=layers)
 
 
-def _note(
-    statistics: Statistics, plan: TransformerPlan, found: Mapping[int | str, float], predicted: Tensor
-) -> None:  # fmt: skip
+def _note(statistics: Statistics, plan: TransformerPlan, found: Mapping[int | str, float], predicted: Tensor) -> None:
     """Turn differences of latents into weights; predicted errors are (layers, phases), by share of the steps."""
     phases = torch.tensor([found[place] for place in range(len(plan.phases))], dtype=torch.float64)
     weights = _positive(phases / predicted.sum(0))
