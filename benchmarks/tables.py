@@ -218,7 +218,9 @@ def forward_settings(row: dict) -> str:
     """What else is on in a row."""
     on = ["compiled" if row["compiled"] else "eager"]
     on += ["FP8 linears"] * row["fp8_linears"] + [row["step_cache"]] * bool(row["step_cache"])
-    on += [row["kernel"]] * (row["impl"] == "stock") + ["whole model"] * (not row["extrapolated"])
+    if row["impl"] == "stock":
+        on += [f"{row['kernel'].partition('_')[0]} kernel"]
+    on += ["whole model"] * (not row["extrapolated"])
     return ", ".join(on)
 
 
@@ -235,7 +237,7 @@ def signed(value: float) -> str:
 
 
 def end_to_end() -> str:
-    """One forward of every model: one line per row, the slowest kind first as it was measured."""
+    """One forward of every model, one line per row."""
 
     def memory(row: dict) -> list[str]:
         dense = dense_row(timed, row)
@@ -253,7 +255,7 @@ def end_to_end() -> str:
             [f"{forward_name(row)}, {forward_settings(row)}", milliseconds(row["ms"])]
             + [f"{row[name]:.2f}×" if row[name] else "–" for name in names]
             + memory(row)
-            for row in sorted(timed, key=lambda row: row["model"], reverse=True)
+            for row in sorted(timed, key=forward_place)
         ]
         head = [
             "one forward", "ms", "against dense", "dense, same linears", "stock", "peak, GiB", "more than dense",
@@ -263,6 +265,43 @@ def end_to_end() -> str:
         ran = {row["impl"] for row in timed}
         text += "".join(f"\nNot measured: {impl}, {why}.\n" for impl, why in reasons.items() if impl not in ran)
     return text or NOTHING
+
+
+def forwards() -> str:
+    """One compiled forward of every model at density 0.2: dense, ours, and both with FP8 linears where measured."""
+    text = ""
+    for gpu in GPUS:
+        rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"]]
+        ours = [
+            row for row in rows
+            if row["impl"] == "paroattn" and row["compiled"] and row["extrapolated"] and not row["step_cache"]
+            and (row["density"], row["precision"]) == (0.2, "int8/fp8")
+        ]  # fmt: skip
+        lines = []
+        for row in sorted(ours, key=forward_place):
+            dense = dense_row(rows, row)
+            name = row["model"] + ", FP8 linears" * row["fp8_linears"]
+            stock = f"{row['speedup_vs_stock']:.2f}×" if row["speedup_vs_stock"] else "–"
+            if dense:
+                times = [milliseconds(each["ms"]) for each in (dense, row)]
+                lines.append([name, *times, f"{dense['ms'] / row['ms']:.2f}×", stock])
+        head = ["one forward of", "dense, ms", "sparse, ms", "faster", "than diffusers as installed"]
+        text += table(head, lines) + f"\n{where(ours)}.\n" if lines else ""
+    return text or NOTHING
+
+
+def forward_place(row: dict) -> tuple:
+    """Models by name; dense before sparse, eager before compiled, the densest first."""
+    kind = ("stock", "cudnn", "sage2", "paroattn").index(row["impl"])
+    return (
+        row["model"],
+        row["fp8_linears"],
+        row["compiled"],
+        kind,
+        -row["density"],
+        row["precision"],
+        row["extrapolated"],
+    )
 
 
 def milliseconds(ms: float) -> str:
@@ -362,6 +401,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels-gpu": kernels_gpu,
     "prepare-gpu": prepare_gpu,
     "end-to-end": end_to_end,
+    "forwards": forwards,
     "roofline": roofline,
     "forecasts": forecasts,
 }

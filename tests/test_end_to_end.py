@@ -715,17 +715,18 @@ def test_rows_are_merged_and_later_baselines_reach_earlier_rows(tmp_path):
 
 def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.end_to_end() == tables.roofline() == tables.NOTHING
+    assert tables.end_to_end() == tables.forwards() == tables.roofline() == tables.NOTHING
     rows = benchmark.with_comparisons(table_rows())
     records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)
     text = tables.end_to_end()
-    assert "| wan-14b-720p, stock, eager, flash_fwd_kernel | 18000 | 0.67× | 0.67× | 1.00× | 40.0 | – |" in text
+    assert "| wan-14b-720p, stock, eager, flash kernel | 18000 | 0.67× | 0.67× | 1.00× | 40.0 | – |" in text
     assert (
         "| wan-14b-720p, paroattn 0.2 int8/fp8 128x128, compiled | 4400 | 2.50× | 2.50× | 4.09× | 41.0 | +2.5% |"
         in text
     )
     assert "whole model | 4500 |" in text
     assert "Not measured: sage2, not installed." in text
+    assert "| wan-14b-720p | 11000 | 4400 | 2.50× | 4.09× |" in tables.forwards()
     text = tables.roofline()
     # attention is 8000 of 11000 ms: 1 / (1 − s) = 3.67; at density 0.2 with dense's speed 1 / (1 − s + 0.2 s) = 2.39
     assert "| wan-14b-720p, 0.2 | 73% | 2.39× | 3.67× | 2.50× | 68% |" in text
