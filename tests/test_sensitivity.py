@@ -49,7 +49,7 @@ def collected(pipe):
 
 
 def measure(pipe, measured, what="phases", **settings):
-    measure_sensitivity(pipe, measured, ["a"], what=what, settings=SETTINGS, steps=STEPS, **settings)
+    measure_sensitivity(pipe, measured, "a", what=what, settings=SETTINGS, steps=STEPS, **settings)
 
 
 @pytest.fixture(scope="module")

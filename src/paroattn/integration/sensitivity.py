@@ -11,8 +11,8 @@ With layers, one at a time as well; the weight of a block is then that of its ph
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,27 +23,13 @@ from ..capture import Statistics
 from ..plan.plan import Plan, TransformerPlan
 from ..plan.search import PlanSettings, make_plan, predicted_error
 from .apply import apply, remove
+from .collecting import check_prompts
 from .generate import run
 
 SENSITIVITIES = ("none", "phases", "layers")
 PROBE_DENSITY = 0.3
 SMALLEST = 1e-6
 """Of the largest weight; a phase that seems to matter not at all was too short to tell."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A plan that drops blocks in one phase or in one layer only.
-
-    Attributes:
-        component: Whose plan it is.
-        place: Index of the phase, or path of the layer.
-        plan: All blocks of the others are kept.
-    """
-
-    component: str
-    place: int | str
-    plan: TransformerPlan
 
 
 def check_sensitivity(what: str, seeds: int = 1) -> None:
@@ -61,7 +47,7 @@ def check_sensitivity(what: str, seeds: int = 1) -> None:
 def measure_sensitivity(
     pipe: Any,
     measured: Mapping[str, Statistics],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     what: str = "phases",
     seeds: int = 1,
@@ -81,7 +67,7 @@ def measure_sensitivity(
         prompts: As there; a sample of each is generated once for every phase, once for every layer if asked, and once
             more.
         what: "phases", "layers" for both, or "none".
-        seeds: Samples of every prompt. Single ones differ by half as much again; what counts is their geometric mean.
+        seeds: Samples of every prompt. Weights of single ones differ by a factor of two and more; their geometric mean counts.
         settings: How the blocks that are dropped are chosen.
         precision: Of the attention meanwhile; that of `settings` by default. The transformer's own is best.
         steps, seed, impl, call: As in `calibrate`.
@@ -96,9 +82,9 @@ def measure_sensitivity(
     settings = replace(settings or PlanSettings(), density=PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
     plans = {name: make_plan(each, settings) for name, each in measured.items()}
     everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
-    probes = [probe for name, plan in plans.items() for probe in _probes(name, plan, what)]
-    errors: dict[tuple[str, int | str], list[float]] = {(each.component, each.place): [] for each in probes}
-    samples = list(enumerate([*prompts] * seeds))
+    probes = [(name, place) for name, plan in plans.items() for place in _places(plan, what)]
+    errors: dict[tuple[str, int | str], list[float]] = {probe: [] for probe in probes}
+    samples = list(enumerate(check_prompts(prompts) * seeds))
     total, done = len(samples) * (1 + len(probes)), 0
 
     def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan]) -> Tensor:
@@ -116,22 +102,21 @@ def measure_sensitivity(
         exact = latents(number, prompt, everything)
         power = exact.square().mean()
         for probe in probes:
-            changed = latents(number, prompt, everything | {probe.component: probe.plan})
+            name, place = probe
+            only = _limited(plans[name], lambda layer, phase, place=place: place in (layer, phase))
+            changed = latents(number, prompt, everything | {name: only})
             error = float((changed - exact).square().mean() / power)
             if not math.isfinite(error):
                 raise ValueError(f"the pipeline's latents must be finite; {prompt!r} gave NaN or infinity")
-            errors[probe.component, probe.place].append(error)
+            errors[probe].append(error)
     for name, statistics in measured.items():
         found = {place: _typical(each) for (component, place), each in errors.items() if component == name}
         _note(statistics, plans[name], found, predicted_error(statistics, plans[name], settings))
 
 
-def _probes(component: str, plan: TransformerPlan, what: str) -> Iterator[Probe]:
-    for place in range(len(plan.phases)):
-        yield Probe(component, place, _limited(plan, lambda layer, phase, place=place: phase == place))
-    if what == "layers":
-        for place in plan.layers:
-            yield Probe(component, place, _limited(plan, lambda layer, phase, place=place: layer == place))
+def _places(plan: TransformerPlan, what: str) -> list[int | str]:
+    """Where blocks are dropped one after another: in a phase, or in a layer."""
+    return [*range(len(plan.phases)), *(plan.layers if what == "layers" else ())]
 
 
 def _limited(plan: TransformerPlan, dropping: Callable[[str, int], bool]) -> TransformerPlan:
