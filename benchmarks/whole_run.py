@@ -83,8 +83,9 @@ def pipeline(model: Architecture, transformer: Any, device: torch.device, dtype:
     scheduler: Any = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
     )
+    nothing: Any = None
     pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=vae.eval().requires_grad_(False), scheduler=scheduler,
+        tokenizer=nothing, text_encoder=nothing, vae=vae.eval().requires_grad_(False), scheduler=scheduler,
         transformer=transformer,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

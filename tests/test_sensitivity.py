@@ -24,7 +24,7 @@ CAPTURE = CaptureSettings(block=BLOCK, paper=False)
 class Pipeline(TinyPipeline):
     """Its clip hears so much of every step: `loud` says how much, from the first step to the last."""
 
-    loud = (1.0, 1.0, 0.05, 0.05)
+    loud: tuple[float, ...] = (1.0, 1.0, 0.05, 0.05)
 
     @torch.no_grad()
     def __call__(self, prompt, num_inference_steps=STEPS, generator=None):

@@ -67,7 +67,7 @@ def measure_sensitivity(
         prompts: As there; a sample of each is generated once for every phase, once for every layer if asked, and once
             more.
         what: "phases", "layers" for both, or "none".
-        seeds: Samples of every prompt. Weights of single ones differ by a factor of two and more; their geometric mean counts.
+        seeds: Samples of every prompt. Single ones differ by a factor of two and more; their geometric mean counts.
         settings: How the blocks that are dropped are chosen.
         precision: Of the attention meanwhile; that of `settings` by default. The transformer's own is best.
         steps, seed, impl, call: As in `calibrate`.
