@@ -27,6 +27,7 @@ FIELDS = {
 TINY = Shape("tiny", 3, 64, Grid(3, 7, 19), TextSpan(30, "prefix"))  # 399 + 30 tokens: 3.35 blocks of 128
 VIDEO = Shape("video", 6, 64, Grid(5, 16, 27))  # 2160 tokens: 16.9 blocks of 128
 PRECISION = "bf16/bf16"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_token(kept, tokens, block):
@@ -48,15 +49,6 @@ def exact_peers(monkeypatch):
     """The baseline and a sparse peer "sound", both exact and fast on a CPU."""
     monkeypatch.setitem(benchmark.PEERS, "cudnn", peers.Peer(exact_attention, PRECISION))
     monkeypatch.setitem(benchmark.PEERS, "sound", peers.Peer(exact_attention, PRECISION, "128x128"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make small products slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def measured(*impls, densities=(1.0, 0.8), shape=TINY, **settings):

@@ -40,6 +40,7 @@ STEPS = 4
 CAPTURE = CaptureSettings(block=BLOCK, paper=False)
 ECONOMY = Economy(order_steps=3, block_stride=3)
 LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pipeline(TinyPipeline):
@@ -65,15 +66,6 @@ class Pipeline(TinyPipeline):
 
 def pipeline(two=False):
     return Pipeline(tiny_wan(0), FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_wan(1) if two else None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other make small products slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

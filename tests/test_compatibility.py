@@ -38,6 +38,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 START, END = "<!-- table: python tests/test_compatibility.py -->", "<!-- /table -->"
 real_sdpa = F.scaled_dot_product_attention
 orders_of_use = ("before", "after")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,6 @@ def documented() -> dict[str, str]:
 
 def needs(name: str) -> Any:
     return pytest.importorskip(name, reason=f"needs {name}")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

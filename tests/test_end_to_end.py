@@ -43,6 +43,7 @@ SMALL = {
 }  # fmt: skip
 MODELS = ("wan-14b-480p", "wan2.2-5b-720p", "cogvideox-5b", "hunyuanvideo-720p", "flux-1024")
 SHORT = Choice(densities=(0.2,), precisions=("int8/int8",), block="32x64", depths=(2, 3), rounds=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(name, **config):
@@ -51,14 +52,6 @@ def toy(name, **config):
     small = dict(model.config) | {key: value for key, value in SMALL.items() if key in model.config} | config
     grid = Grid(1, 7, 9) if "flux" in name else Grid(3, 5, 7)
     return replace(model, config=small, grid=grid, text=replace(model.text, tokens=5 * bool(model.text.tokens)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -56,15 +56,7 @@ from paroattn.plan.plan import LayerPlan, Plan, PlanError
 
 contexts_know_the_step = pytest.mark.skipif(not hasattr(hooks, "CacheContext"), reason="needs diffusers 0.41")
 real_sdpa = F.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def forward(model, **changed) -> torch.Tensor:

@@ -32,14 +32,7 @@ from paroattn.plan.plan import LayerPlan, Plan, PlanError, own_config
 
 PLAN = random_plan(density=0.4)
 NAMES = tuple(PLAN.layers)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def whole(plan=PLAN) -> Plan:

@@ -51,16 +51,10 @@ from paroattn.plan.search import PlanSettings, make_plan
 
 EVERY = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 real_sdpa = F.scaled_dot_product_attention
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's rotary embedding
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's rotary embedding
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @functools.cache

@@ -22,15 +22,7 @@ PIPELINES = tiny.PIPELINES
 EVERY = pytest.mark.parametrize("name", PIPELINES)
 WITH_WORDS = ("ltx",)
 quiet = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's rotary embedding
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

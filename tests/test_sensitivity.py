@@ -19,6 +19,7 @@ from paroattn.plan.search import PlanSettings, make_plan, predicted_error
 STEPS = 4
 SETTINGS = PlanSettings(density=0.4, phase_ends=(0.5, 1.0))
 CAPTURE = CaptureSettings(block=BLOCK, paper=False)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pipeline(TinyPipeline):
