@@ -60,7 +60,7 @@ PLANNED = {
 }
 UNPLANNED = {"order_score": None, "mask_score": None, "budget": None, "orders": None, "sensitivity": None}
 CLOSE = 5e-4
-TRIES = 10
+TRIES, SCALED = 16, 3
 
 
 # Densities and warm-up
@@ -83,14 +83,16 @@ def tuned(make: Callable[[float], TransformerPlan], density: float, levels: Sequ
     Phases have densities of their own and hold other shares of a longer schedule, so what a plan executes is not what
     it was made for.
     """
-    wanted, found = density, []
-    for _ in range(TRIES):
+    wanted, low, high, found = density, 0.0, 1.0, []
+    for tries in range(TRIES):
         plan = make(wanted)
         got = executed(plan, levels)
-        found.append((abs(got - density), len(found), plan))
+        found.append((abs(got - density), tries, plan))
         if found[-1][0] <= CLOSE:
             break
-        wanted = min(1.0, wanted * density / got)
+        low, high = (wanted, high) if got < density else (low, wanted)
+        scaled = wanted * density / got
+        wanted = scaled if tries < SCALED and low < scaled < high else (low + high) / 2
     return min(found)[2]
 
 
