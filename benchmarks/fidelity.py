@@ -59,7 +59,7 @@ PLANNED = {
     "paper": Rule("paper", "mass", "global"),
 }
 UNPLANNED = {"order_score": None, "mask_score": None, "budget": None, "orders": None, "sensitivity": None}
-CLOSE = 5e-4
+CLOSE = 1e-3
 TRIES, SCALED = 16, 3
 
 
