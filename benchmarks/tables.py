@@ -17,6 +17,10 @@ CONTESTANTS = (
     ("flex", 0.2),
     ("paro-authors", 0.2),
 )
+COMPARED = (
+    "dense", "paroattn", "none", "paper", "local-window", "spatial-temporal", "radial", "dynamic-topk",
+    "dynamic-topk+reorder", "oracle", "oracle+reorder",
+)  # fmt: skip
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 RULE = ("order_score", "mask_score", "budget", "sensitivity")
@@ -101,6 +105,56 @@ def fidelity() -> str:
             + f"\nThe same clips. {where(quantised)}.\n"
         )
     return text
+
+
+def comparison() -> str:
+    """Rules that choose blocks, at equal density: one line per method and density, without and with dense steps."""
+    rows = rows_of("fidelity")
+    text = ""
+    for warmup in sorted({row["dense_warmup"] for row in rows}):
+        mine = [row for row in rows if row["dense_warmup"] == warmup]
+        ours = {row["density_target"]: row for row in mine if row["method"] == "paroattn"}
+        densities = sorted({row["density_target"] for row in mine}, reverse=True)
+        lines = [
+            comparison_cells(row, ours.get(density))
+            for density in densities
+            for method in COMPARED
+            for row in mine
+            if (row["method"], row["density_target"]) == (method, density)
+        ]
+        dense = f"the first {100 * warmup:g} % of the steps dense" if warmup else "no step dense"
+        head = ["method, density", "executed", "PSNR, dB", "SSIM", "worst clip", "PSNR − ours, clip by clip"]
+        first = mine[0]
+        text += table(head, lines) + (
+            f"\nBundled model, {first['clips']} clips of {first['frames']} frames, {first['steps']} steps, {dense}; "
+            f"blocks of {first['block']}, {first['precision']}. In brackets 95 % of Student's t. {where(mine)}.\n\n"
+        )
+    return text.removesuffix("\n") or NOTHING
+
+
+def comparison_cells(row: dict, ours: dict | None) -> list[str]:
+    """A line of the comparison; the difference is the mean over the same clips."""
+    name = f"{row['method']}, {row['density_target']:g}"
+    numbers = [("density_executed", 3), ("psnr_mean", 1), ("ssim_mean", 3), ("psnr_min", 1)]
+    cells = ["–" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in numbers]
+    return [name, *cells, paired(row["psnr"], ours["psnr"]) if ours and ours is not row else "–"]
+
+
+def paired(psnr: list[float | None], ours: list[float | None]) -> str:
+    """Mean difference over clips and its 95 % interval; a dash where clips are not the same or are identical."""
+    from paroattn.evaluation.fidelity import summarise
+
+    both = [(one, other) for one, other in zip(psnr, ours, strict=False) if one is not None and other is not None]
+    if len(psnr) != len(ours) or len(both) < len(ours):
+        return "–"
+    found = summarise([one - other for one, other in both])
+    interval = f" ({decibels(found.interval[0])} … {decibels(found.interval[1])})" if found.interval else ""
+    return decibels(found.mean) + interval
+
+
+def decibels(difference: float) -> str:
+    """With its sign, and a minus that is one."""
+    return f"{difference:+.1f}".replace("-", "−")
 
 
 def attention() -> str:
@@ -394,6 +448,7 @@ def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callab
 NOTHING = "Not measured yet.\n"
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
+    "comparison": comparison,
     "attention": attention,
     "numerics": numerics,
     "attention-gpu": attention_gpu,
