@@ -26,8 +26,8 @@ BUNDLED = {
     0.5: (0.1956, 0.2950, 0.5040, 0.6376, 0.9354),
     0.7: (0.2858, 0.4624, 0.7301, 0.9584, 1.0000),
 }
-"""Quantiles of head density, over layers, phases and heads, in plans of the bundled model, by their mean: the plan that
-ships, at 0.3, and plans by the same rule from the same statistics."""
+"""Quantiles of head density, over layers, phases and heads, in plans of the bundled model that do not weigh phases, by
+their mean. The heads of each phase of the plan that ships, which does, spread like that around the phase's own mean."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LENGTHS = (0.03, 1.0)
 """Shortest and longest length of attention along an axis, as a share of it."""

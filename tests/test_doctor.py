@@ -341,10 +341,12 @@ def test_a_layer_is_timed_with_the_masks_asked_for(quick):
 
 def test_more_kept_blocks_take_longer(quick):
     model = Workload(2, 64, 2, {"x": (9, 192, 192)}, (4, 8, 8))
-    times = [
-        forecast(model, "x", density, ("fp32",), device="cpu", dtype=torch.float32).sparse_ms["fp32"]
-        for density in (0.05, 1.0)
-    ]
+
+    def fastest(density: float) -> float:
+        found = (forecast(model, "x", density, ("fp32",), device="cpu", dtype=torch.float32) for _ in range(3))
+        return min(each.sparse_ms["fp32"] for each in found)
+
+    times = [fastest(density) for density in (0.05, 1.0)]
     assert times[0] < times[1]
 
 
