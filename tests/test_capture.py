@@ -3,16 +3,16 @@
 import errno
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.capture.codes import decode, encode, heaviest, spread
 from paroattn.capture.maps import TENSORS
+from paroattn.capture.measured import BlockStats
 from paroattn.grid import Grid, Layout, TextSpan
 
 SETTINGS = CaptureSettings(orders=("FHW", "WFH"), block=(8, 16), row_stride=2)
@@ -20,22 +20,11 @@ LAYOUT = Layout(Grid(2, 3, 5), TextSpan(3, "prefix"))
 SHAPE = (2, 2, 4, 2)
 
 
-@dataclass
-class _Measured:
-    mass: Tensor
-    error: Tensor
-    sparse_share: Tensor
-    incoherence: Tensor
-    output_power: Tensor
-    calls: int
-    rows: Tensor | None = None
-
-
 def _measure_of(value: float, calls: int, seen: list):
     def measure(q, k, v, w_o, **settings):
         seen.append(settings)
         full, small = torch.full(SHAPE, value * calls), torch.full(SHAPE[:2], value * calls)
-        return _Measured(full, 2 * full, small, 3 * small, torch.tensor(value * calls), calls)
+        return BlockStats(full, 2 * full, small, 3 * small, torch.tensor(value * calls), calls)
 
     return measure
 
@@ -131,7 +120,7 @@ def _measure_random(seed: int):
     def measure(q, k, v, w_o, **settings):
         shape = SHAPE if "order" not in settings else (1, *SHAPE[1:])
         power = torch.tensor(1.0 + seed)
-        return _Measured(_error(seed, shape), _error(seed + 1, shape), *(_error(seed, shape[:2]),) * 2, power, 1)
+        return BlockStats(_error(seed, shape), _error(seed + 1, shape), *(_error(seed, shape[:2]),) * 2, power, 1)
 
     return measure
 

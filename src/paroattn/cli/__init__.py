@@ -82,8 +82,8 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     with explained(journal), stages() as stage:
         measure_sensitivity(
             pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
-            steps=args.steps, seed=args.seed,
-            precision=own_precision(pipe), progress=partial(stage, "measuring sensitivity"), **call,
+            steps=args.steps, seed=args.seed, precision=own_precision(pipe),
+            progress=partial(stage, "measuring sensitivity"), **call,
         )  # fmt: skip
     with explained(journal):
         result = _write_plan(measured, settings, args.out)

@@ -107,9 +107,8 @@ def calibrate(
         if sensitivity != "none":
             bar = progress or stack.enter_context(progress_bar("measuring sensitivity"))
             measure_sensitivity(
-                pipe, measured, check_prompts(prompts), what=sensitivity, seeds=sensitivity_seeds, settings=settings,
-                steps=steps, seed=seed,
-                precision=own_precision(pipe), progress=bar, **call,
+                pipe, measured, prompts, what=sensitivity, seeds=sensitivity_seeds, settings=settings, steps=steps,
+                seed=seed, precision=own_precision(pipe), progress=bar, **call,
             )  # fmt: skip
         plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
         if statistics is not None:

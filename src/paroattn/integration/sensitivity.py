@@ -70,7 +70,8 @@ def measure_sensitivity(
         seeds: Samples of every prompt. Single ones differ by a factor of two and more; their geometric mean counts.
         settings: How the blocks that are dropped are chosen.
         precision: Of the attention meanwhile; that of `settings` by default. The transformer's own is best.
-        steps, seed, impl, call: As in `calibrate`.
+        impl: Which attention runs meanwhile, see `paroattn.attention`.
+        steps, seed, call: As in `calibrate`.
         progress: Called with the share of the work done, 0…1.
 
     Raises:

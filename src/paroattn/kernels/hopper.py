@@ -4,7 +4,8 @@ A program is one warpgroup with 64 query rows. Blocks of K and V come through TM
 as soon as a block is done, and products run on wgmma. Few registers and little shared memory let three to five programs
 share a multiprocessor: while one is in its softmax, another multiplies.
 
-Layout, masking, launch order and numbers: as in `sparse.py`, for INT8 Q·K with FP8 or INT8 P·V.
+Layout, masking and launch order: as in `sparse.py`, for INT8 Q·K with FP8 or INT8 P·V. Numbers too, except that INT8 P
+passes through half precision and may round to a neighbour, and that with `matrix_sums` FP8 P is summed after rounding.
 """
 
 from typing import Any
