@@ -146,7 +146,7 @@ def test_every_sample_is_generated_once_and_once_for_every_probe(what):
 
 
 def test_weights_are_kept_and_checked(tmp_path, found):
-    statistics = found[1]
+    statistics = replace(found[1], layer_weights={"blocks.0.attn1": 0.5, "blocks.1.attn1": 1.5})
     statistics.save(tmp_path / "kept")
     again = Statistics.load(tmp_path / "kept")
     assert (again.level_weights, again.layer_weights) == (statistics.level_weights, statistics.layer_weights)
