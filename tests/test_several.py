@@ -1,0 +1,373 @@
+"""Several processes and one sequence. Each launch checks many things, since a launch takes seconds."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig
+from several import on_ranks
+from tiny_models import GRID, HEAD_DIM, TWO_PHASES, VARIANTS, Variant, random_plan, tiny_wan, wan_inputs
+
+from paroattn import apply, dense, remove, report
+from paroattn.block_mask import BlockMask
+from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.integration.apply import set_noise_level
+from paroattn.integration.ranks import Ranks, digest
+from paroattn.integration.splits import split_sequence
+from paroattn.kernels.dealing import collect, deal
+from paroattn.plan.plan import PlanError
+
+HEADS = 6
+SPLIT = (
+    "wan", "wan-i2v", "wan-ti2v", "cogvideox-2b", "cogvideox-5b", "cogvideox-1.5", "hunyuanvideo", "ltx", "ltx-2",
+    "ltx-2.3", "flux", "flux.2", "qwen-image", "qwen-image-padded",
+)  # fmt: skip
+RAGGED = ("wan", "cogvideox-5b", "hunyuanvideo", "flux", "qwen-image-padded")
+UNEVEN = {"phases": TWO_PHASES, "heads": HEADS, "density": 0.4}
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),
+]
+
+
+def wide(name: str) -> Variant:
+    """A variant with heads enough to share; the widths of ltx-2.3 hang together."""
+    variant = VARIANTS[name]
+    if name == "ltx-2.3":
+        return variant
+    own = {"num_attention_heads": HEADS, "cross_attention_dim": HEADS * HEAD_DIM, "added_kv_proj_dim": HEADS * HEAD_DIM}
+    return replace(variant, config={key: own.get(key, value) for key, value in variant.config.items()})
+
+
+def forward(model: Any, variant: Variant) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**variant.call(2 if variant.text.tokens else 1), return_dict=False)[0]
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def whole_and_split(rank: int, name: str) -> dict[str, float]:
+    """How far a split model is from a whole one, by its plan and dense, and how far those two are from one another."""
+    variant = wide(name)
+    plan = variant.plan(heads=variant.config["num_attention_heads"], density=0.4)
+    model = variant.build()
+    apply(model, plan)
+    sparse = forward(model, variant)
+    with dense(model):
+        full = forward(model, variant)
+    split_sequence(model)
+    found = {"sparse": distance(forward(model, variant), sparse)}
+    with dense(model):
+        found["dense"] = distance(forward(model, variant), full)
+    return found | {
+        "between": distance(sparse, full),
+        "density": float(str(report(model).to_dict()["transformer"]["density"])),
+    }
+
+
+def models(rank: int, names: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = whole_and_split(rank, name)
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[Any]:
+    return on_ranks(2, models, SPLIT)
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> list[Any]:
+    return on_ranks(3, models, RAGGED)
+
+
+def check_equal(everywhere: list[Any], name: str) -> None:
+    for found in (each[name] for each in everywhere):
+        assert "error" not in found, found["error"]
+        assert max(found["sparse"], found["dense"]) < 3e-6
+        assert found["between"] > 1e-3 and 0.3 < found["density"] < 0.9
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_two_processes_compute_what_one_does(two_ranks, name):
+    check_equal(two_ranks, name)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_three_processes_with_unequal_parts_compute_what_one_does(three_ranks, name):
+    check_equal(three_ranks, name)
+
+
+def uneven_plan() -> Any:
+    """Another precision for every second head, another density for every head."""
+    plan = random_plan(**UNEVEN)
+    generator = torch.Generator().manual_seed(1)
+    layers = {}
+    for name, layer in plan.layers.items():
+        kept = layer.mask.dense()
+        kept &= torch.rand(kept.shape, generator=generator) < torch.linspace(0.2, 1.0, HEADS)[:, None, None]
+        kept[..., 0] = True
+        names = (("fp32", "int8") * 3, ("int8",) * HEADS)
+        layers[name] = replace(layer, mask=BlockMask.from_dense(kept, plan.block), precision=names)
+    return replace(plan, layers=layers)
+
+
+def by_phase(model: Any) -> torch.Tensor:
+    outputs = []
+    for level in (0.8, 0.3):
+        set_noise_level(model, level)
+        with torch.no_grad():
+            outputs.append(model(**wan_inputs(2), return_dict=False)[0])
+    set_noise_level(model, None)
+    return torch.stack(outputs)
+
+
+def orders_and_phases(rank: int) -> dict[str, Any]:
+    """Split before and after apply, by diffusers' own call and ours; a plan of phases, uneven heads and precisions."""
+    plan, found = uneven_plan(), {}
+    model = tiny_wan(heads=HEADS)
+    apply(model, plan, impl="reference")
+    expected = by_phase(model)
+    remove(model)
+    with torch.no_grad():
+        stock = model(**wan_inputs(), return_dict=False)[0]
+    for before in (True, False):
+        model = tiny_wan(heads=HEADS)
+        if before:
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        apply(model, plan, impl="reference")
+        if not before:
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        found[f"before {before}"] = distance(by_phase(model), expected)
+        layer = model.blocks[0].attn1.processor._paro_layer
+        found[f"heads {before}"] = layer.operands.heads.tolist()
+        remove(model)
+        with torch.no_grad():
+            found[f"stock {before}"] = distance(model(**wan_inputs(), return_dict=False)[0], stock)
+    model = tiny_wan(heads=HEADS)
+    apply(model, random_plan(heads=HEADS))
+    split_sequence(model)
+    with torch.no_grad():
+        eager = model(**wan_inputs(), return_dict=False)[0]
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        found["compiled"] = distance(model(**wan_inputs(), return_dict=False)[0], eager)
+    return found
+
+
+def test_a_model_is_split_before_or_after_apply():
+    mine, theirs = on_ranks(2, orders_and_phases)
+    assert mine["heads True"] == mine["heads False"] == theirs["heads True"] != [[0, 1, 2], [3, 4, 5]]
+    for found in (mine, theirs):
+        for name, value in found.items():
+            assert name.startswith("heads") or value < 3e-6, (name, value)
+
+
+def refused(work: Any, *args: Any, **kwargs: Any) -> str:
+    try:
+        work(*args, **kwargs)
+    except (PlanError, ValueError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def misuses(rank: int) -> dict[str, str]:
+    """Everything that is refused, with what it says; all of it leaves the group usable."""
+    config = ContextParallelConfig(ulysses_degree=2)
+
+    def run(model: Any, **inputs: Any) -> None:
+        with torch.no_grad():
+            model(**(inputs or wan_inputs()), return_dict=False)
+
+    found = {}
+    split = tiny_wan(heads=3)
+    split.enable_parallelism(config=config)
+    found["heads"] = refused(apply, split, random_plan(heads=3))
+    found["recording"] = refused(lambda: _record(split))
+    split = tiny_wan(heads=3)
+    apply(split, random_plan(heads=3))
+    split.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    found["heads later"] = refused(run, split)
+
+    other = tiny_wan(heads=HEADS)
+    apply(other, random_plan(heads=HEADS, seed=rank))
+    split_sequence(other)
+    found["plans"] = refused(run, other)
+    found["twice"] = refused(split_sequence, other)
+    other = tiny_wan(heads=HEADS)
+    apply(other, random_plan(heads=HEADS), precision="int8" if rank else None)
+    split_sequence(other)
+    found["settings"] = refused(run, other)
+    found["model"] = refused(apply, wide("flux").build(), random_plan(heads=HEADS))
+
+    odd = random_plan(heads=HEADS, grid=Grid(5, 7, 5))
+    model = tiny_wan(heads=HEADS)
+    apply(model, odd)
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    found["tokens"] = refused(run, model, **wan_inputs(latents=(4, 5, 14, 10)))
+
+    cog = wide("cogvideox-5b")
+    model = cog.build()
+    found["no plan"] = refused(split_sequence, model)
+    apply(model, cog.plan(heads=HEADS))
+    split_sequence(model)
+    found["remove"] = refused(remove, model)
+    found["unknown"] = refused(split_sequence, wide("sd3").build())
+    found["replaced"] = refused(split_sequence, _planned("hunyuanvideo-i2v"))
+
+    ring = tiny_wan(heads=HEADS)
+    ring.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+    found["ring"] = refused(apply, ring, random_plan(heads=HEADS))
+    found["three"] = refused(split_sequence, tiny_wan(heads=HEADS), 3)
+    alone = tiny_wan(heads=HEADS)
+    split_sequence(alone, 1)
+    found["alone"] = str(alone._parallel_config)
+    return found
+
+
+def _planned(name: str) -> Any:
+    variant = wide(name)
+    model = variant.build()
+    apply(model, variant.plan(heads=HEADS))
+    return model
+
+
+def _record(model: Any) -> None:
+    from paroattn.integration.apply import recording
+
+    with recording(model, lambda *_: None):
+        pass
+
+
+SAYS = {
+    "heads": "must divide the 3 heads; got 2",
+    "heads later": "must divide the 3 heads; got 2",
+    "recording": "recorded of whole models",
+    "plans": "rank 1 follows another one than rank 0",
+    "settings": "rank 1 follows another one than rank 0",
+    "model": "made for WanTransformer3DModel; this model is FluxTransformer2DModel",
+    "twice": "split already",
+    "tokens": "must divide the 175 video tokens. ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)",
+    "no plan": "must have a plan before it is split",
+    "remove": "needs whole sequences",
+    "unknown": "diffusers must know how to split a SD3Transformer2DModel",
+    "replaced": "counts them in the whole sequence",
+    "ring": "this one has ring parallelism",
+    "three": "must divide the 2 processes; got 3",
+    "alone": "None",
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> list[Any]:
+    return on_ranks(2, misuses)
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_misuse_is_refused_on_every_rank(said, what):
+    for found in said:
+        assert isinstance(found, dict), found
+        assert SAYS[what] in found[what]
+
+
+def dying(rank: int) -> float:
+    model = tiny_wan(heads=HEADS)
+    apply(model, random_plan(heads=HEADS))
+    split_sequence(model)
+    with torch.no_grad():
+        model(**wan_inputs(), return_dict=False)
+        if rank:
+            model.blocks[1].attn1.register_forward_pre_hook(lambda *_: os._exit(1))
+        model(**wan_inputs(), return_dict=False)
+    return 0.0
+
+
+def test_a_rank_that_dies_in_a_step_ends_the_others():
+    mine, theirs = on_ranks(2, dying, limit=40)
+    assert theirs is None
+    assert mine[0] == "RuntimeError" and "onnection" in mine[1]
+
+
+def groups(rank: int) -> float:
+    model = tiny_wan(heads=HEADS)
+    apply(model, random_plan(heads=HEADS))
+    inputs = wan_inputs(seed=rank // 2)
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+        split_sequence(model, 2)
+        return distance(model(**inputs, return_dict=False)[0], expected)
+
+
+def test_groups_of_ranks_work_on_clips_of_their_own():
+    assert max(on_ranks(4, groups)) < 3e-6
+
+
+def test_without_processes_nothing_is_split():
+    with pytest.raises(ValueError, match="Start with torchrun"):
+        split_sequence(tiny_wan())
+
+
+@pytest.mark.parametrize("side", ["prefix", "suffix"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_tokens_arrive_as_diffusers_splits_them(side, size):
+    layout = Layout(GRID, TextSpan(23, side))
+    video, text = torch.arange(23, 233), torch.arange(23)
+    if side == "suffix":
+        video, text = torch.arange(210), torch.arange(210, 233)
+    streams = (text, video) if side == "prefix" else (video, text)
+    pieces = [torch.cat(parts) for parts in zip(*(each.tensor_split(size) for each in streams), strict=True)]
+    ranks = Ranks(None, size - 1, size, "", True)
+    assert ranks.arrived(layout).equal(torch.cat(pieces))
+    assert ranks.sizes(layout) == tuple(map(len, pieces))
+    assert ranks.own_tokens(layout) == len(pieces[-1])
+    assert ranks.own_video(layout) == len(video.tensor_split(size)[-1])
+    assert torch.cat(pieces)[ranks.places(layout)].equal(torch.arange(233))
+
+
+def test_plans_that_differ_in_anything_have_other_digests():
+    plan = uneven_plan()
+    name, layer = next(iter(plan.layers.items()))
+    bits = layer.mask.bits.clone()
+    bits[0, 2, 1, 0] |= 15
+    changed = [
+        replace(plan, layers={**plan.layers, name: replace(layer, mask=replace(layer.mask, bits=bits))}),
+        replace(plan, layers={**plan.layers, name: replace(layer, orders=layer.orders[::-1])}),
+        replace(plan, layers={**plan.layers, name: replace(layer, precision=layer.precision[::-1])}),
+        replace(plan, layers=dict(reversed(plan.layers.items()))),
+    ]
+    assert len({digest(each) for each in (plan, *changed)} | {digest(plan, "int8")}) == 6
+    assert digest(plan, 1) == digest(uneven_plan(), 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_dealt_heads_are_collected_again(batch):
+    x = torch.arange(batch * 5 * 6 * 7).view(batch, 5, 6, 7)
+    heads = torch.tensor([[4, 0], [1, 5], [3, 2]])
+    dealt = deal(x, heads)
+    assert dealt.shape == (3, 5, batch, 2, 7)
+    for rank, place in ((0, 0), (1, 1), (2, 0)):
+        assert dealt[rank, :, :, place].equal(x[:, :, heads[rank, place]].transpose(0, 1))
+    assert collect(dealt, heads).equal(x)
+
+
+@pytest.mark.parametrize("batch, channels", [(1, 64), (3, 40)])
+def test_the_copying_kernel_does_the_same(batch, channels):
+    from paroattn.kernels.copying import copy
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whole = torch.randn(6, batch, 21, channels, device=device)
+    x, heads = whole.permute(1, 2, 0, 3), torch.tensor([[4, 0], [1, 5], [3, 2]], device=device)
+    dealt = torch.empty(3, 21, batch, 2, channels, device=device)
+    copy(x, dealt, heads, back=False)
+    assert dealt.cpu().equal(deal(x.cpu(), heads.cpu()))
+    again = torch.empty_like(x, memory_format=torch.contiguous_format)
+    copy(again, dealt, heads, back=True)
+    assert again.equal(x)
