@@ -205,8 +205,8 @@ def attend(
             layer.dense_calls[reason] += 1
         if ranks is None:
             return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
-        if attn_mask is not None and layout is not None and attn_mask.shape[-1] != key.shape[1]:
-            attn_mask = attn_mask[..., ranks.arrived(layout).to(key.device)]
+        if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ranks.arrived_mask(attn_mask, layout)
         return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
     operands = layer.operands_on(query.device)

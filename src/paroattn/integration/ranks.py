@@ -69,6 +69,14 @@ class Ranks:
         mask = mask.flatten(1)
         return mask if mask.shape[1] == sum(sizes) else whole_mask(mask, sizes, self.group)[:, places]
 
+    def arrived_mask(self, mask: Tensor, layout: Layout) -> Tensor:
+        """A mask over own keys, or over all, as one over all in the order in which they arrive, (B, 1, 1, tokens).
+
+        diffusers takes a mask over all keys as it is, and mixes up masks over unequal parts.
+        """
+        places = self.places(layout).to(mask.device)
+        return self.whole_mask(mask, self.sizes(layout), places)[:, None, None, places.argsort()]
+
     def check_plan(self, plan: TransformerPlan, device: torch.device, *settings: Any) -> None:
         """Check that all ranks follow the same plan, which they must ask at the same time.
 
