@@ -1,17 +1,26 @@
 """Several processes and one sequence. Each launch checks many things, since a launch takes seconds."""
 
+import contextlib
+import io
+import json
 import os
+import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ContextParallelConfig
+from PIL import Image
 from several import on_ranks
 from tiny_models import GRID, HEAD_DIM, TWO_PHASES, VARIANTS, Variant, random_plan, tiny_wan, wan_inputs
 
 from paroattn import apply, dense, remove, report
 from paroattn.block_mask import BlockMask
+from paroattn.cli import main
+from paroattn.demo.prompt import EVALUATION_PROMPTS
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration.apply import set_noise_level
 from paroattn.integration.ranks import Ranks, digest
@@ -384,6 +393,42 @@ def test_the_copying_kernel_does_the_same(batch, channels):
     again = torch.empty_like(x, memory_format=torch.contiguous_format)
     copy(again, dealt, heads, back=True)
     assert again.equal(x)
+
+
+WORDS = ("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--steps", "1", "--seed", "3", "--json")
+
+
+def commands(rank: int, port: int, folder: Path) -> list[Any]:
+    """`paro generate` as torchrun starts it, once as it should be and once with a plan that is not there."""
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in started.items()}
+    found = []
+    for more in ([], ["--plan", str(folder / "nowhere")]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([*WORDS, "--out", str(folder / f"{rank}.png"), *more])
+        found.append((status, out.getvalue(), err.getvalue()))
+    return found
+
+
+def test_paro_generate_under_torchrun_writes_one_clip_and_speaks_once(tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    first, *others = on_ranks(3, commands, port, tmp_path, backend=None)
+    assert isinstance(first, list), first
+    status, numbers, words = first[0]
+    assert (status, json.loads(numbers)["processes"]) == (0, 3)
+    assert f"wrote {tmp_path / '0.png'}" in words
+    assert [other[0] for other in others] == [(0, "", "")] * 2
+    for rank, found in enumerate((first, *others)):
+        status, numbers, words = found[1]
+        assert (status, numbers) == (2, "")
+        assert words.startswith(f"paro generate (rank {rank}): " if rank else "paro generate: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+    assert main([*WORDS, "--out", str(tmp_path / "alone.png")]) == 0
+    shown, alone = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=float) for name in ("0", "alone"))
+    assert shown.std() > 10 and np.abs(shown - alone).max() <= 1
 
 
 def on_gpus(rank: int) -> dict[str, float]:
