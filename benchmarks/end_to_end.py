@@ -20,9 +20,10 @@ steps it skips would depend on weights, so here it skips every second one, and `
 that of the video's blocks; `density_executed` counts text, which is always dense.
 
 `*_ms` split one forward by its kernels (kernel_times.py): attention of the planned layers, preparing q, k and v for it,
-linear layers, other, idle. `overhead` is what is other or idle beyond that of the dense row, as a share of `ms`: what
-ours adds around its kernels. `peak_gib` is the peak of one forward, weights included. `predicted_ms` is what
-`paro doctor` expects.
+linear layers, other, idle. `gaps_ms` is when no kernel ran while they were seen. `overhead` is what is other or a gap
+beyond that of the dense row, as a share of `ms`: what ours adds around its kernels. The clock of the GPU differs from
+row to row, so the dense row's other kernels are scaled by how much longer the same linear layers took. `peak_gib` is
+the peak of one forward, weights included. `predicted_ms` is what `paro doctor` expects.
 """
 
 import argparse
@@ -71,7 +72,7 @@ KEY = (
     "device", "model", "impl", "density", "precision", "block", "compiled", "fp8_linears", "step_cache", "depth",
     "extrapolated",
 )  # fmt: skip
-NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "peak_gib")
+NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "gaps_ms", "peak_gib")
 NOT_TIMED = ("kernel", "predicted_ms", "density_executed")
 COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead")
 EVERY_SECOND = "first-block, every second step"
@@ -288,13 +289,11 @@ class Bench:
         return [self.measured(kind, call, blocks[depth], ms[depth]) for depth, call in calls.items()]
 
     def measured(self, kind: Kind, call: Callable[[], Any], some: Blocks, ms: float) -> Measured:
-        """Peak memory of a call that takes `ms` and, where a line is drawn, its profile, both of one more call."""
-        if self.choice.depths is None:
-            return Measured(ms, self.peak(call, some)[0])
+        """Peak memory and profile of a call that takes `ms`, both of one more call."""
         with only(self.transformer, some):
             layers = len(planned_layers(self.transformer))
-        gib, kernels = self.peak(lambda: profiled(call), some)
-        found = breakdown(kernels, layers, ms)
+        gib, profile = self.peak(lambda: profiled(call), some)
+        found = breakdown(profile, layers, ms)
         if kind.impl == OURS and torch.cuda.is_available() and found.own_calls < layers:
             raise Wrong(f"all {layers} layers must run on our kernels; {found.own_calls} did")
         return Measured(ms, gib, found)
@@ -367,7 +366,8 @@ class Bench:
         parts = {
             f"{part}_ms": whole(each.profile.parts[part] if each.profile else None for each in found) for part in PARTS
         }
-        return {"ms": whole(times), **parts, "peak_gib": whole(each.gib for each in found)}
+        gaps = whole(each.profile.gaps if each.profile else None for each in found)
+        return {"ms": whole(times), **parts, "gaps_ms": gaps, "peak_gib": whole(each.gib for each in found)}
 
     def _about(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         profile = found[-1].profile
@@ -408,7 +408,7 @@ def _free() -> None:
 def with_comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with how they compare with those of the same device and model, of the same depth where there are any.
 
-    `overhead` is the share of a row's time that is other or idle beyond that in the dense row with the same linears.
+    `overhead` is the share of a row's time that is other or a gap beyond that in the dense row with the same linears.
     """
     return [row | _compared(row, functools.partial(_baseline, rows, row)) for row in rows]
 
@@ -431,10 +431,11 @@ def _compared(row: dict[str, Any], baseline: Callable[..., dict[str, Any] | None
 
 
 def _overhead(row: dict[str, Any], dense: dict[str, Any] | None) -> float | None:
-    if row["impl"] != OURS or dense is None or row["other_ms"] is None or dense["other_ms"] is None:
+    if row["impl"] != OURS or dense is None or None in (row.get("gaps_ms"), dense.get("gaps_ms")):
         return None
-    around = [each["other_ms"] + each["idle_ms"] for each in (row, dense)]
-    return _significant((around[0] - around[1]) / row["ms"])
+    slower = row["linear_ms"] / dense["linear_ms"]
+    added = row["other_ms"] - dense["other_ms"] * slower + row["gaps_ms"] - dense["gaps_ms"]
+    return _significant(added / row["ms"])
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
