@@ -38,7 +38,7 @@ from torch import Tensor
 
 from architectures import ARCHITECTURES, Architecture, Inputs, built, first_blocks, only, plan_of
 from gate import Wrong, check_output, check_what_ran, relative_error
-from kernel_times import OWN_KERNEL, part_of, profiled
+from kernel_times import OWN_KERNEL, by_name, part_of, profiled
 from paroattn import apply, remove
 from paroattn.grid import Grid
 from paroattn.integration import ranks as dealing
@@ -53,7 +53,7 @@ from records import environment, merge
 
 KEY = ("device", "model", "gpus", "density", "precision", "block", "balanced", "compiled")
 EXCHANGE = re.compile(r"(?i:nccl)|^_copy_kernel")
-PARTS = ("attention", "prepare", "exchange", "linear", "other")
+PARTS = ("attention", "prepare", "exchange", "linear", "other", "idle")
 LARGEST_ERROR = 0.05
 TINY = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 64, "num_layers": 3, "text_dim": 16}
 
@@ -93,14 +93,13 @@ def measure(setting: Setting, gpus: Sequence[int], save: Callable[[dict[str, Any
     say(f"built in {time.perf_counter() - began:.0f} s")
     bench = Bench(setting, transformer, inputs, plan)
     first: dict[str, Any] | None = None
-    for count in gpus:
-        for balanced in (True,) if count == 1 else (False, True):
-            with bench.following(count, balanced):
-                row = bench.row(count, balanced)
-            first = first or row
-            row |= {"speedup_vs_1": _significant(first["ms"] / row["ms"])}
-            save(row)
-            say(described(row))
+    for count, balanced in [(count, True) for count in gpus] + [(count, False) for count in gpus if count > 1]:
+        with bench.following(count, balanced):
+            row = bench.row(count, balanced)
+        first = first or row
+        row |= {"speedup_vs_1": _significant(first["ms"] / row["ms"])}
+        save(row)
+        say(f"{described(row)}, {time.perf_counter() - began:.0f} s")
 
 
 class Bench:
@@ -171,11 +170,14 @@ class Bench:
     def parts(self, depth: int) -> dict[str, float]:
         """Milliseconds of one layer by `PARTS`, mean over processes; what is around the layers is spread over them."""
         dist.barrier()
-        times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        for name, ms in profiled(lambda: self.forward(depth)):
+        profile = profiled(lambda: self.forward(depth))
+        times: dict[str, float] = dict.fromkeys(PARTS, 0.0) | {"idle": (profile.gaps or 0.0) / depth}
+        for name, ms in profile.kernels:
             part = "exchange" if EXCHANGE.search(name) else part_of(name)
             part = "other" if part == "attention" and not OWN_KERNEL.search(name) else part
             times[part] += ms / depth
+        longest = ", ".join(f"{row['name'][:32]} {row['ms'] / depth:.3g}" for row in by_name(profile.kernels)[:14])
+        say(f"    milliseconds of a layer: {longest}")
         return {part: _significant(_mean(ms)) for part, ms in times.items()}
 
     def imbalance(self, gpus: int) -> float:
