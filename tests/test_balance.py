@@ -1,10 +1,16 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+import balance
+import scaling
+from architectures import ARCHITECTURES
 from paroattn.block_mask import BlockMask
+from paroattn.grid import Grid
 from paroattn.plan.balance import contiguous_deal, deal_heads, imbalance, kept_blocks
+from synthetic_plan import synthetic_plan
 
 
 def spread(heads, seed=0):
@@ -59,3 +65,43 @@ def test_a_head_costs_its_kept_blocks_in_every_phase():
 def test_ranks_that_do_not_divide_the_heads_are_refused(ranks):
     with pytest.raises(ValueError, match=rf"must divide the 6 heads; got {ranks}. Use one of 1, 2, 3, 6"):
         deal_heads([1] * 6, ranks)
+
+
+def test_kept_blocks_are_counted_without_masks():
+    model = replace(ARCHITECTURES["wan-14b-720p"], grid=Grid(5, 12, 20))
+    names = tuple(map(str, range(sum(model.depth))))
+    made = synthetic_plan(
+        model.transformer, names[:3], model.heads, model.head_dim, model.grid, model.text, density=0.3, block=(128, 128)
+    )
+    counted = balance.synthetic_costs(model, 0.3)
+    assert len(counted) == len(names)
+    assert counted[:3] == [kept_blocks(layer.mask).tolist() for layer in made.layers.values()]
+
+
+def test_a_deal_for_every_phase_is_weighed_by_its_share():
+    costs = [[[1, 1, 3, 3], [3, 1, 1, 3]]]  # even deals: of phase 0 one of each half; of phase 1 one of 0 and 3
+    found = balance.row("some", 0.5, [0.75, 0.25], costs, 2)
+    assert (found["in_order"], found["by_phase"], found["worst"]) == (0.75 * 1.5 + 0.25, 1.0, 1.0)
+    assert found["by_layer"] == 1.125  # weighed, 1.5 1 2.5 3: 0 and 3 against 1 and 2
+
+
+ONE = {
+    "depth": 2, "ms": 220.0, "batch": 1, "tokens": 1000, "heads": 4,
+    "layer": {"attention": 40.0, "linear": 50.0, "idle": 10.0},
+}  # fmt: skip
+TWO = ONE | {"exchange_bf16_ms": 3.0}
+
+
+def test_the_model_divides_work_and_adds_the_exchange():
+    whole = 1000 * 4 * 128 * 2
+    moved = 4 * whole / 4 / (3 * whole / 4 / 3.0)  # of q, k, v and the output, as long as three took, and a third more
+    copied = 2 * 4 * whole / 2 / scaling.MEMORY * 1e3
+    ms = scaling.modelled_ms(ONE, TWO, 2, 1.5)
+    assert ms == pytest.approx(2 * ((44 * 1.5 + 55) / 2 + 11 + moved + copied))
+
+
+def test_beyond_one_host_the_network_carries_what_leaves_it():
+    inside, beyond = (scaling.exchange_ms(ONE, TWO, gpus, 128) for gpus in (8, 16))
+    sent = 4 * 1000 * 4 * 128 * 2 / 16
+    assert beyond > sent / 2 / scaling.NETWORK * 1e3
+    assert inside < scaling.exchange_ms(ONE, TWO, 2, 128)

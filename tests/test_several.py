@@ -17,6 +17,7 @@ from PIL import Image
 from several import on_ranks
 from tiny_models import GRID, HEAD_DIM, TWO_PHASES, VARIANTS, Variant, random_plan, tiny_wan, wan_inputs
 
+import multi_gpu
 from paroattn import apply, dense, remove, report
 from paroattn.block_mask import BlockMask
 from paroattn.cli import main
@@ -395,13 +396,43 @@ def test_the_copying_kernel_does_the_same(batch, channels):
     assert again.equal(x)
 
 
+def benchmark(rank: int, port: int, out: Path) -> int:
+    started(rank, 2, port)
+    words = "--tiny --gpus 1 2 --precision int8 --block 32x32 --rounds 1 --depths 1 2 --out"
+    with contextlib.redirect_stdout(io.StringIO()):
+        return multi_gpu.main([*words.split(), str(out)])
+
+
+def test_the_benchmark_compares_what_several_compute_with_one(tmp_path):
+    out = tmp_path / "rows.json"
+    assert on_ranks(2, benchmark, free_port(), out, backend=None) == [0, 0]
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["gpus"], row["balanced"]) for row in rows] == [(1, True), (2, True), (2, False)]
+    assert all(row["same_attention"] and row["error_vs_1"] < 1e-5 and row["extrapolated"] for row in rows)
+    assert [row["imbalance"] for row in rows[:1]] == [1.0] and rows[1]["imbalance"] < rows[2]["imbalance"]
+    for row in rows:
+        (low, less), (high, more) = ((each["depth"], each["ms"]) for each in row["measured"])
+        assert (low, high) == (1, 2) and row["ms"] == pytest.approx(less + (more - less) * 2, rel=2e-3)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def started(rank: int, processes: int, port: int) -> None:
+    """Leave the environment as torchrun makes it."""
+    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in words.items()}
+
+
 WORDS = ("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--steps", "1", "--seed", "3", "--json")
 
 
 def commands(rank: int, port: int, folder: Path) -> list[Any]:
     """`paro generate` as torchrun starts it, once as it should be and once with a plan that is not there."""
-    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in started.items()}
+    started(rank, 3, port)
     found = []
     for more in ([], ["--plan", str(folder / "nowhere")]):
         out, err = io.StringIO(), io.StringIO()
@@ -412,10 +443,7 @@ def commands(rank: int, port: int, folder: Path) -> list[Any]:
 
 
 def test_paro_generate_under_torchrun_writes_one_clip_and_speaks_once(tmp_path, capsys):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    first, *others = on_ranks(3, commands, port, tmp_path, backend=None)
+    first, *others = on_ranks(3, commands, free_port(), tmp_path, backend=None)
     assert isinstance(first, list), first
     status, numbers, words = first[0]
     assert (status, json.loads(numbers)["processes"]) == (0, 3)

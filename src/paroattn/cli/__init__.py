@@ -61,6 +61,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from ..integration.calibrate import collect, needed_by, own_precision
     from ..integration.collecting import explained
     from ..integration.journal import discard, unfinished
+    from ..integration.processes import group, joined, wait
     from ..integration.sensitivity import measure_sensitivity
     from ..plan.plan import FOLDER
 
@@ -68,26 +69,31 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     settings = _plan_settings(args)
     capture = needed_by(settings, block=_block(args.block), row_stride=args.row_stride)
     check_writable(args.out, FOLDER)
-    pipe = _pipeline(args)
-    settings = replace(settings, precision=args.precision or own_precision(pipe))
     journal = unfinished(args.out)
-    if journal.exists():
-        say(f"going on with {journal}")
-    with stages() as stage:
-        report = partial(stage, f"calibrating on {len(prompts)} prompts")
-        measured = collect(
-            pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
-            progress=report, **call,
-        )  # fmt: skip
-    with explained(journal), stages() as stage:
-        measure_sensitivity(
-            pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
-            steps=args.steps, seed=args.seed, precision=own_precision(pipe),
-            progress=partial(stage, "measuring sensitivity"), **call,
-        )  # fmt: skip
-    with explained(journal):
-        result = _write_plan(measured, settings, args.out)
-    discard(journal)
+    with joined():
+        pipe = _pipeline(args)
+        settings = replace(settings, precision=args.precision or own_precision(pipe))
+        if journal.exists():
+            say(f"going on with {journal}")
+        with stages() as stage:
+            report = partial(stage, f"calibrating on {len(prompts)} prompts")
+            measured = collect(
+                pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
+                progress=report, **call,
+            )  # fmt: skip
+        with explained(journal), stages() as stage:
+            measure_sensitivity(
+                pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
+                steps=args.steps, seed=args.seed, precision=own_precision(pipe),
+                progress=partial(stage, "measuring sensitivity"), **call,
+            )  # fmt: skip
+        result: dict[str, Any] = {}
+        if group()[0] == 0:
+            with explained(journal):
+                result = _write_plan(measured, settings, args.out)
+        wait()
+        if group()[0] == 0:
+            discard(journal)
     return result
 
 
