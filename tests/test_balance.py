@@ -42,7 +42,7 @@ def test_two_ranks_come_near_the_best_deal_there_is(seed):
 
 
 def test_swaps_mend_what_dealing_from_the_dearest_leaves():
-    costs = [9, 8, 7, 5, 4, 3]  # dealt 9 7 4 and 8 5 3, or the like; 9 5 4 and 8 7 3 are even
+    costs = [11, 10, 5, 4, 3, 1]  # dealt 11 4 3 and 10 5 1; 11 5 1 and 10 4 3 are even
     assert imbalance(costs, deal_heads(costs, 2)) == 1.0
 
 

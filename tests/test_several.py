@@ -53,8 +53,11 @@ def wide(name: str, heads: int = HEADS) -> Variant:
 
 
 def forward(model: Any, variant: Variant) -> torch.Tensor:
+    inputs = variant.call(2 if variant.text.tokens else 1)
+    mask = inputs.get("encoder_hidden_states_mask")
+    inputs |= {} if mask is None else {"encoder_hidden_states_mask": mask.flip(1)}  # padding ahead of the real text
     with torch.no_grad():
-        return model(**variant.call(2 if variant.text.tokens else 1), return_dict=False)[0]
+        return model(**inputs, return_dict=False)[0]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
