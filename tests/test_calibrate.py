@@ -526,7 +526,7 @@ def whole_calibration(exact, statistics=None):
     with counting(collecting, "block_stats"), counting(sensitivity, "run"):
         plan = calibrate(
             pipeline(two=True), list(PROMPTS), exact=exact, steps=STEPS, capture=CAPTURE, economy=ECONOMY,
-            statistics=statistics, sensitivity="layers", settings=PlanSettings(density=0.4, precision="fp32"),
+            statistics=statistics, settings=PlanSettings(density=0.4, precision="fp32"),
             progress=lambda done: None,
         )  # fmt: skip
     return {name: [digest(part).hex(), dict(part.made)] for name, part in plan.items()}, counted

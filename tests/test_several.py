@@ -15,7 +15,7 @@ import torch
 from diffusers import ContextParallelConfig
 from PIL import Image
 from several import on_ranks
-from tiny_models import GRID, HEAD_DIM, TWO_PHASES, VARIANTS, Variant, random_plan, tiny_wan, wan_inputs
+from tiny_models import BLOCKS, GRID, HEAD_DIM, TWO_PHASES, VARIANTS, Variant, random_plan, tiny_wan, wan_inputs
 
 import multi_gpu
 from paroattn import apply, dense, remove, report
@@ -166,8 +166,8 @@ def orders_and_phases(rank: int) -> dict[str, Any]:
         remove(model)
         with torch.no_grad():
             found[f"stock {before}"] = distance(model(**wan_inputs(), return_dict=False)[0], stock)
-    model = tiny_wan(heads=HEADS)
-    apply(model, random_plan(heads=HEADS))
+    model = tiny_wan(heads=HEADS, layers=1)
+    apply(model, random_plan(BLOCKS[:1], heads=HEADS))
     split_sequence(model)
     with torch.no_grad():
         eager = model(**wan_inputs(), return_dict=False)[0]
@@ -430,7 +430,7 @@ def started(rank: int, processes: int, port: int) -> None:
     os.environ |= {name: str(value) for name, value in words.items()}
 
 
-WORDS = ("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--steps", "1", "--seed", "3", "--json")
+WORDS = ("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--steps", "1", "--json", "--guidance-scale", "1")
 
 
 def commands(rank: int, port: int, folder: Path) -> list[Any]:
