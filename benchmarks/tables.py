@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scaling import modelled_ms
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md", "docs/several-gpus.md")
 CONTESTANTS = (
     *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
     ("sage2", 1.0),
@@ -430,6 +432,80 @@ def forecasts() -> str:
     return text or NOTHING
 
 
+def several() -> str:
+    """One forward on several GPUs: measured, and what takes the time of a layer."""
+    text = ""
+    for gpu in GPUS:
+        rows = sorted(rows_of(f"multi_gpu_{gpu}"), key=lambda row: (row["gpus"], row["balanced"]))
+        lines = [
+            [
+                f"{row['gpus']}" + (", heads in order" if not row["balanced"] else ", balanced" * (row["gpus"] > 1)),
+                f"{row['ms']:.0f}",
+                f"{row['speedup_vs_1']:.2f}×",
+                f"{row['imbalance']:.3f}",
+                *(f"{row['layer'][part]:.1f}" for part in ("attention", "exchange", "linear")),
+                f"{row['layer']['other'] + row['layer']['prepare']:.1f}",
+            ]
+            for row in rows
+        ]
+        head = ["GPUs", "ms", "over one", "imbalance", "attention", "exchange", "linear", "other"]
+        text += table(head, lines) + f"\n{where(rows)}, diffusers {rows[0]['diffusers']}.\n" if rows else ""
+    return text or NOTHING
+
+
+def exchanges() -> str:
+    """q, k and v of a layer exchanged alone, in two formats."""
+    rows = [row for gpu in GPUS for row in rows_of(f"multi_gpu_{gpu}") if row["gpus"] > 1 and row["balanced"]]
+    lines = [
+        [
+            str(row["gpus"]),
+            f"{row['exchange_bf16_ms']:.2f}",
+            f"{row['exchange_int8_ms']:.2f}",
+            f"{(row['exchange_bf16_ms'] - row['exchange_int8_ms']) * row['depth'] / row['ms']:.1%}",
+        ]
+        for row in sorted(rows, key=lambda row: row["gpus"])
+    ]
+    return table(["GPUs", "bf16, ms", "8 bits with scales, ms", "difference, of a forward"], lines) if rows else NOTHING
+
+
+def scaling() -> str:
+    """The model of more GPUs, and how far it is off where it can be checked."""
+    text = ""
+    for gpu in GPUS:
+        measured = {row["gpus"]: row for row in rows_of(f"multi_gpu_{gpu}") if row["balanced"]}
+        if not {1, 2} <= set(measured):
+            continue
+        one, two = measured[1], measured[2]
+        even = {
+            row["gpus"]: row["by_phase"]
+            for row in rows_of("balance")
+            if row["plan"].startswith(one["model"]) and row["density"] == one["density"]
+        }
+        lines = []
+        for gpus in (2, 4, 8, 16):
+            ms = modelled_ms(one, two, gpus, even.get(gpus, 1.0))
+            found = measured.get(gpus)
+            real = ["–", "–"] if found is None else [f"{found['ms']:.0f}", signed(ms / found["ms"] - 1)]
+            lines.append([str(gpus), f"{ms:.0f}", f"{one['ms'] / ms:.2f}×", *real])
+        text += table(["GPUs", "modelled, ms", "over one", "measured, ms", "error of the model"], lines)
+    return text or NOTHING
+
+
+def balance() -> str:
+    """Imbalance of heads before and after dealing."""
+    rows = rows_of("balance")
+    lines = [
+        [
+            f"{row['plan']}, density {row['density']:g}, {row['phases']} phase{'s' * (row['phases'] > 1)}",
+            *(str(row[name]) for name in ("heads", "gpus")),
+            *(f"{row[name]:.3f}" for name in ("in_order", "by_layer", "by_phase", "worst")),
+        ]
+        for row in rows
+    ]
+    head = ["plan", "heads", "GPUs", "in order", "one deal a layer", "**one a layer and phase**", "its worst"]
+    return table(head, lines) if rows else NOTHING
+
+
 def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callable[[dict], str]) -> str:
     """A table with a line for each combination of the fields `names` and a column for each density; none, no table."""
     timed = [row for row in rows if row["ms"] is not None]
@@ -459,6 +535,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "forwards": forwards,
     "roofline": roofline,
     "forecasts": forecasts,
+    "several": several,
+    "exchanges": exchanges,
+    "scaling": scaling,
+    "balance": balance,
 }
 
 

@@ -724,12 +724,6 @@ class TestWrongUse:
             warnings.simplefilter("error")
             assert difference(forward(model), expected) < 1e-5
 
-    def test_a_split_model_is_refused(self):
-        model = tiny_wan()
-        model._parallel_config = object()
-        with pytest.raises(ValueError, match="split by enable_parallelism"):
-            apply(model, random_plan())
-
 
 class TestReport:
     def test_densities_are_those_executed_weighted_by_calls(self):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, ContextParallelConfig
+from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load, save
 from tiny_models import GRID, TWO_PHASES, random_plan, tiny_pipeline, tiny_wan, wan_inputs
@@ -283,30 +283,6 @@ def test_a_wrong_use_says_what_is_wrong_and_leaves_the_model_alone(misuse):
 
 def test_there_are_many_wrong_uses():
     assert len(MISUSES) >= 40 and len({misuse.name for misuse in MISUSES}) == len(MISUSES)
-
-
-@pytest.mark.parametrize("degree", ["ring_degree", "ulysses_degree"])
-def test_a_split_model_is_refused_in_either_order(degree, monkeypatch):
-    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=fake.FakeStore())
-    try:
-        model, config = tiny_wan(), ContextParallelConfig(**{degree: 2})
-        model.enable_parallelism(config=config)
-        processors = dict(model.attn_processors)
-        message = says("whole on one device; this one is split by enable_parallelism", "Load it without")
-        with pytest.raises(ValueError, match=message):
-            apply(model, PLAN)
-        assert model.attn_processors == processors
-        model = tiny_wan()
-        stock = forward(model)
-        apply(model, PLAN)
-        with pytest.raises(ValueError, match="ParoWanAttnProcessor' is using backend 'paro' which does not support"):
-            model.enable_parallelism(config=config)
-        remove(model)
-        assert torch.equal(forward(model), stock)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_apply_on_a_compiled_model_keeps_its_code_for_later():

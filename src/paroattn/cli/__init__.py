@@ -11,7 +11,7 @@ from typing import Any
 
 from .arguments import parser
 from .doctor import examine
-from .terminal import console, end, plan_table, say, say_summary, stages, steps
+from .terminal import console, end, plan_table, say, say_summary, stages, steps, which
 
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
 REPORT_FOLDER = ("report.html", "results.json")
@@ -28,13 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if args.debug:
             raise
-        print(f"paro {args.command}: {error}", file=sys.stderr)
+        print(f"paro {args.command}{which()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         left = "the same command goes on from here" if args.command == "calibrate" else "nothing was written"
         print(f"paro {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
-    if args.json:
+    if args.json and not which():
         print(json.dumps(result, indent=1, default=str))
     return 1 if result.get("problems") else 0
 
@@ -61,6 +61,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from ..integration.calibrate import collect, needed_by, own_precision
     from ..integration.collecting import explained
     from ..integration.journal import discard, unfinished
+    from ..integration.processes import group, joined, wait
     from ..integration.sensitivity import measure_sensitivity
     from ..plan.plan import FOLDER
 
@@ -68,26 +69,31 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     settings = _plan_settings(args)
     capture = needed_by(settings, block=_block(args.block), row_stride=args.row_stride)
     check_writable(args.out, FOLDER)
-    pipe = _pipeline(args)
-    settings = replace(settings, precision=args.precision or own_precision(pipe))
     journal = unfinished(args.out)
-    if journal.exists():
-        say(f"going on with {journal}")
-    with stages() as stage:
-        report = partial(stage, f"calibrating on {len(prompts)} prompts")
-        measured = collect(
-            pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
-            progress=report, **call,
-        )  # fmt: skip
-    with explained(journal), stages() as stage:
-        measure_sensitivity(
-            pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
-            steps=args.steps, seed=args.seed, precision=own_precision(pipe),
-            progress=partial(stage, "measuring sensitivity"), **call,
-        )  # fmt: skip
-    with explained(journal):
-        result = _write_plan(measured, settings, args.out)
-    discard(journal)
+    with joined():
+        pipe = _pipeline(args)
+        settings = replace(settings, precision=args.precision or own_precision(pipe))
+        if journal.exists():
+            say(f"going on with {journal}")
+        with stages() as stage:
+            report = partial(stage, f"calibrating on {len(prompts)} prompts")
+            measured = collect(
+                pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
+                progress=report, **call,
+            )  # fmt: skip
+        with explained(journal), stages() as stage:
+            measure_sensitivity(
+                pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
+                steps=args.steps, seed=args.seed, precision=own_precision(pipe),
+                progress=partial(stage, "measuring sensitivity"), **call,
+            )  # fmt: skip
+        result: dict[str, Any] = {}
+        if group()[0] == 0:
+            with explained(journal):
+                result = _write_plan(measured, settings, args.out)
+        wait()
+        if group()[0] == 0:
+            discard(journal)
     return result
 
 
@@ -143,12 +149,14 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate one clip or image with a plan, or dense without one."""
+    """Generate one clip or image with a plan, or dense without one; under torchrun, on several GPUs together."""
     import time
 
     from ..evaluation.video import check_clip_path, write_clip
     from ..integration.apply import apply, report
     from ..integration.generate import generate_clip
+    from ..integration.processes import joined, rank
+    from ..integration.splits import split_sequence
     from ..plan.plan import Plan
 
     check_clip_path(args.out)
@@ -156,20 +164,27 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--dense runs without a plan; leave out --plan, --precision and --allow-dense")
     prompt, call = _prompt(args), _call(args)
     plan = Plan.from_pretrained(_plan_of(args)) if not args.dense else None
-    pipe = _pipeline(args)
-    if plan is not None:
-        apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
-    began = time.perf_counter()
-    with steps(args.steps) as step:
-        frames = generate_clip(pipe, prompt, args.seed, steps=args.steps, on_step=step, **call)
+    with joined() as processes:
+        pipe = _pipeline(args)
+        if plan is not None:
+            apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
+        if processes > 1:
+            split_sequence(pipe)
+        began = time.perf_counter()
+        with steps(args.steps) as step:
+            frames = generate_clip(pipe, prompt, args.seed, steps=args.steps, on_step=step, **call)
     seconds = time.perf_counter() - began
     executed = report(pipe) if plan is not None else None
     if executed is not None:
         say(str(executed))
-    given = f" --plan {args.plan}" if args.plan else ""
-    following = f"paro evaluate {args.model}{given} --prompts prompts.txt --out report/"
-    end(write_clip(frames, args.out, fps=args.fps), following)
-    return {"out": str(args.out), "seconds": seconds, "executed": executed.to_dict() if executed else None}
+    if rank() == 0:
+        given = f" --plan {args.plan}" if args.plan else ""
+        following = f"paro evaluate {args.model}{given} --prompts prompts.txt --out report/"
+        end(write_clip(frames, args.out, fps=args.fps), following)
+    return {
+        "out": str(args.out), "seconds": seconds, "processes": processes,
+        "executed": executed.to_dict() if executed else None,
+    }  # fmt: skip
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:

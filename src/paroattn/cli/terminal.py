@@ -1,5 +1,6 @@
 """What a person sees in the terminal: progress bars, tables, and the closing words of every command."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,8 +85,14 @@ def say(text: str) -> None:
 
 
 def console() -> Console:
-    """Standard error, so that standard output holds JSON alone."""
-    return Console(stderr=True)
+    """Standard error, so that standard output holds JSON alone; of several processes, the first one's."""
+    return Console(stderr=True, quiet=bool(which()))
+
+
+def which() -> str:
+    """Which of the processes that torchrun has started this is, in words; nothing for the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (rank {rank})"
 
 
 def _bars(amount: ProgressColumn) -> Progress:

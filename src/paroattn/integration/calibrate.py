@@ -1,6 +1,7 @@
 """Makes a plan from a few prompts: runs the pipeline dense, feeds the capture, and plans."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from .apply import recording, unwrapped
 from .collecting import Collector, Economy, StartOver, check_prompts, explained
 from .generate import run
 from .journal import Journal, described, discard, unfinished
+from .processes import everyones, group, wait
 from .sensitivity import check_sensitivity, measure_sensitivity
 
 STEPS = 10
@@ -48,6 +50,10 @@ def calibrate(
     Every prompt is generated once, dense, on a short schedule. Statistics of prompts, seeds, guidance branches and the
     steps of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the
     budget.
+
+    Processes that have joined one torch.distributed group and all call this share the work: each measures some of the
+    layers, and runs some of the samples that sensitivity is measured on. They need a file system in common, and all
+    return the plan that one process would have made, to the bit.
 
     Small models are measured whole, in every candidate order. Of large ones, a short run more chooses the orders from
     a sample, and masks are made from a few maps of each layer and step, kept in 8 bits a block.
@@ -111,9 +117,10 @@ def calibrate(
                 seed=seed, precision=own_precision(pipe), progress=bar, **call,
             )  # fmt: skip
         plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
-        if statistics is not None:
+        if statistics is not None and group()[0] == 0:
             save_statistics(measured, statistics)
-    if journal is not None:
+    wait()
+    if journal is not None and group()[0] == 0:
         discard(journal)
     return plan
 
@@ -191,13 +198,15 @@ def collect(
         "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
     }  # fmt: skip
     made["model"] = _name_on_hub(pipe)
-    folder = None if journal is None else Path(journal)
+    folder, scratch = _place(journal)
     with ExitStack() as stack:
         stack.enter_context(explained(folder))
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
         kept = Journal(folder, described(asked), exact)
+        everywhere = everyones({group()[0]: kept.done}).values()
+        kept.done = [name for name in kept.done if all(name in done for done in everywhere)]
         collector = Collector(
-            transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report
+            transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report, scratch
         )  # fmt: skip
         for name, transformer in transformers.items():
             observer = partial(collector.observe, name)
@@ -211,6 +220,15 @@ def collect(
             collector.finish()
         report(1.0)
         return collector.result()
+
+
+def _place(journal: str | os.PathLike | None) -> tuple[Path | None, Any]:
+    """Where this process keeps what it measures, and the temporary folder around it: several need one each."""
+    own, processes = group()
+    if journal is not None:
+        return Path(journal) / f"{own}-of-{processes}" if processes > 1 else Path(journal), None
+    scratch = tempfile.TemporaryDirectory(prefix="paroattn-") if processes > 1 else None
+    return scratch and Path(scratch.name), scratch
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:

@@ -23,6 +23,7 @@ from ..precision import Precision
 from .backend import LAYOUTS_KEPT, Call, Layer, Observer
 from .models import GridUnknown, matches, self_attentions, spec_of
 from .processor import planned_processor
+from .ranks import Ranks, ranks_of
 from .schedule import NoiseSchedule, branch_of
 
 HOOK = "paroattn"
@@ -46,6 +47,7 @@ class PlanHook(ModelHook):
 
     Attributes:
         call: The running call of the transformer.
+        ranks: The processes that share its sequence, if there are several.
         calls: Calls of the transformer, by "sparse" or the reason why they ran dense.
         grids: Calls by grid.
         replaced: Layers whose processor someone else has taken away.
@@ -70,6 +72,7 @@ class PlanHook(ModelHook):
         self.spec, self.schedule = spec_of(transformer), NoiseSchedule(pipeline)
         self.context = CallContext()
         self.call: Call | None = None
+        self.ranks: Ranks | None = None
         self.calls: Counter[str] = Counter()
         self.grids: Counter[str] = Counter()
         self.replaced: list[str] = []
@@ -135,8 +138,10 @@ class PlanHook(ModelHook):
         phase, reason = self._decide(grid, has, text, noise_level)
         layout = Layout(grid, text) if grid else None
         self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        self._notice_ranks(transformer, device)
         if layout is not None and phase is not None:
-            self._follow(phase, layout, next(x.device for x in arguments.values() if isinstance(x, Tensor)))
+            self._follow(phase, layout, device)
         self.calls["sparse" if reason is None else reason] += 1
         self.grids[has] += 1
 
@@ -167,14 +172,29 @@ class PlanHook(ModelHook):
         if key not in self._tables:
             if len(self._tables) >= LAYOUTS_KEPT:
                 self._tables.clear()
-            self._tables[key] = layout.table(self._orders).to(device)
+            table = layout.table(self._orders)
+            self._tables[key] = (self.ranks.places(layout)[table].int() if self.ranks else table).to(device)
         return self._tables[key]
 
     def _follow(self, phase: int, layout: Layout, device: torch.device) -> None:
         """Let every planned layer find its operands now: inside compiled blocks it could not."""
+        if self.ranks is not None:
+            self.ranks.check_layout(layout)
         for layer in self.layers.values():
             if layer.plan is not None:
                 layer.follow(phase, layout, device)
+
+    def _notice_ranks(self, transformer: nn.Module, device: torch.device) -> None:
+        """Look whether the transformer was split, before or after `apply`; its ranks then compare their plans."""
+        if getattr(transformer, "_parallel_config", None) is (self.ranks and self.ranks.config):
+            return
+        self.ranks = ranks_of(transformer)
+        self._tables.clear()
+        for layer in self.layers.values():
+            layer.forget()
+        if self.ranks is not None and self.plan is not None:
+            self.ranks.check_heads(self.plan.heads)
+            self.ranks.check_plan(self.plan, device, self.precision, self.impl, self.strict)
 
     def _grid(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Grid | None, str]:
         """Size of the video in tokens, and in words; or what the call has instead."""
