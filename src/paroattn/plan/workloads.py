@@ -166,3 +166,21 @@ def workload_like(
     hidden = (config or {}).get("ffn_dim")
     feed_forward = 2 * hidden / (heads * head_dim) if hidden else same_class[0].feed_forward
     return replace(same_class[0], heads=heads, head_dim=head_dim, layers=layers, feed_forward=feed_forward, name="")
+
+
+def known_model(
+    model_class: str, heads: int, head_dim: int, layers: int, config: Mapping[str, Any] | None = None
+) -> Workload:
+    """As `workload_like`, of a class that is known.
+
+    Raises:
+        ValueError: If it is not; what is around its attention is not known then.
+    """
+    found = workload_like(model_class, heads, head_dim, layers, config)
+    if found is None:
+        classes = dict.fromkeys(each.model_class for each in WORKLOADS.values())
+        raise ValueError(
+            f"what is around attention must be known to predict a forward, as it is of {', '.join(classes)}; got "
+            f"{model_class}. Ask for a density or an error."
+        )
+    return found
