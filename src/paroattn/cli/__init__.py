@@ -148,14 +148,17 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
     """Show orders, density and precision per layer, as a table and as pictures."""
     from ..plan.curve import curve_of
     from ..plan.plan import Plan
+    from ..plan.worth import judge
 
     plan = Plan.from_pretrained(args.plan)
     if not all(0 <= args.phase < len(part.phases) for part in plan.values()):
         raise ValueError(f"--phase must be below {min(len(part.phases) for part in plan.values())}; got {args.phase}")
+    worth = {name: judge(part, args.gpu) for name, part in plan.items()}
     for name, part in plan.items():
         console().print(plan_table(name, part))
         if curve := curve_of(part.made):
             console().print(curve_table(name, curve))
+        say(f"{name}: {worth[name]}")
     following = f"paro generate MODEL --plan {args.plan} --prompt PROMPT --out out.mp4"
     if args.png:
         from ..evaluation.plan_page import write_plan_picture
@@ -165,7 +168,7 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
         from ..evaluation.plan_page import write_plan
 
         end(write_plan(plan, args.html, title=f"Attention plan {args.plan}", phase=args.phase), following)
-    return _describe(plan)
+    return {name: each | {"runs_dense": vars(worth[name])} for name, each in _describe(plan).items()}
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     plan = Plan.from_pretrained(_plan_of(args)) if not args.dense else None
     pipe = _pipeline(args)
     if plan is not None:
-        apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
+        apply(pipe, plan, strict=not args.allow_dense, precision=args.precision, even_if_slower=args.even_if_slower)
     began = time.perf_counter()
     with steps(args.steps) as step:
         frames = generate_clip(pipe, prompt, args.seed, steps=args.steps, on_step=step, **call)
@@ -211,7 +214,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(args.out, REPORT_FOLDER)
     plan = Plan.from_pretrained(_plan_of(args))
     pipe = _pipeline(args)
-    apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
+    apply(pipe, plan, strict=not args.allow_dense, precision=args.precision, even_if_slower=args.even_if_slower)
     with writing_folder(args.out, REPORT_FOLDER) as folder, steps(args.steps and 2 * len(prompts) * args.steps) as step:
 
         def generate(prompt: str, seed: int) -> Any:

@@ -140,6 +140,9 @@ def _show_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this page")
     sub.add_argument("--png", type=Path, help="also draw the mask of every head, with its order and density, into one")
     sub.add_argument("--phase", type=int, default=0, help="whose masks are drawn (default: %(default)s)")
+    sub.add_argument(
+        "--gpu", default="NVIDIA H200", help="say which layers gain nothing there, and run dense (default: %(default)s)"
+    )
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -148,6 +151,13 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
     )
+
+
+def _slower_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--even-if-slower", action="store_true",
+        help="follow the plan in layers too that dense attention is predicted to serve faster on this GPU",
+    )  # fmt: skip
 
 
 def _fps_argument(sub: argparse.ArgumentParser) -> None:
@@ -197,7 +207,7 @@ _ARGUMENTS = {
     "calibrate": (_model_arguments, _calibration_arguments, _plan_arguments, _call_arguments),
     "plan": (_replan_arguments, _plan_arguments),
     "show": (_show_arguments,),
-    "generate": (_model_arguments, _run_arguments, _generate_arguments, _call_arguments),
-    "evaluate": (_model_arguments, _run_arguments, _evaluate_arguments, _call_arguments),
+    "generate": (_model_arguments, _run_arguments, _slower_argument, _generate_arguments, _call_arguments),
+    "evaluate": (_model_arguments, _run_arguments, _slower_argument, _evaluate_arguments, _call_arguments),
     "doctor": (_doctor_arguments,),
 }

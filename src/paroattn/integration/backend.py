@@ -90,6 +90,8 @@ class Layer:
         video_only: It sees the video without the text.
         padding_last: Padded text always stands behind the real tokens.
         operands: For the running call.
+        faster_dense: Dense attention is predicted to serve it faster. Compiled code looks at this, but not at why.
+        why_dense: In words; empty if it is not.
         ran: What ran the layer, by phase, such as "triton".
         sparse_calls: By phase and number of text tokens.
         dense_calls: By reason. Neither counts calls inside torch.compile.
@@ -113,6 +115,7 @@ class Layer:
         self.sparse_calls: Counter[tuple[int, int]] = Counter()
         self.dense_calls: Counter[str] = Counter()
         self.operands: Operands | None = None
+        self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
         self._known: dict[Any, Operands] = {}
 
@@ -177,6 +180,10 @@ def attend(
     if reason is not None:
         if counting:
             layer.dense_calls[reason] += 1
+        return dense(backend=_dense_backend(layer))
+    if layer.faster_dense:
+        if counting:
+            layer.dense_calls[layer.why_dense] += 1
         return dense(backend=_dense_backend(layer))
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
     if attn_mask is not None and not layer.padding_last:

@@ -90,7 +90,7 @@ def measure_sensitivity(
 
     def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan]) -> Tensor:
         nonlocal done
-        apply(pipe, Plan(plan), precision=precision, impl=impl)
+        apply(pipe, Plan(plan), precision=precision, impl=impl, even_if_slower=True)
         try:
             output = run(pipe, prompt, seed + number, steps=steps, output_type="latent", **call)
         finally:
