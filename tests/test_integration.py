@@ -280,7 +280,7 @@ class TestSteps:
         follow = layer.follow
         layer.follow = lambda phase, *rest: (
             follow(phase, *rest),
-            seen.append((phase, [key[0] for key in layer._known])),
+            seen.append((phase, [resident._phase for resident, _ in layer._known.values()])),
         )
         pipe(6)
         assert {phase for phase, _ in seen} == {0, 1}

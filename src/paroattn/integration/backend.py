@@ -7,7 +7,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import diffusers
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
+from ..kernels.resident import ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
 
@@ -117,27 +118,33 @@ class Layer:
         self.operands: Operands | None = None
         self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
-        self._known: dict[Any, Operands] = {}
+        self._known: dict[tuple[TextSpan, torch.device], tuple[ResidentMask, Operands]] = {}
 
     def sees(self, layout: Layout) -> Layout:
         """The part of a call's sequence that reaches this layer."""
         return Layout(layout.grid) if self.video_only else layout
 
     def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
-        """Set `operands` to those of a phase on a device; they are kept until another phase is followed."""
+        """Set `operands` to those of a phase on a device; the masks of one phase at a time are there."""
         assert self.plan is not None and self.order is not None
         layout = self.sees(layout)
-        key = (phase, layout.text, device)
+        key = (layout.text, device)
         if key not in self._known:
-            if len(self._known) >= LAYOUTS_KEPT or any(known != phase for known, *_ in self._known):
+            if len(self._known) >= LAYOUTS_KEPT:
                 self._known.clear()
-            mask = self.plan.mask[phase].with_text(layout.grid.tokens, layout.text.tokens).to(device)
-            if device.type == "cuda" or self.owner.impl == "triton":
-                _ = mask.launch_order
-            table = self.owner.table(layout, device)
-            self._known[key] = Operands(mask, table, self.order.to(device), self.precision(phase))
-        self.operands, self._followed = self._known[key], (phase, layout)
-        return self.operands
+            ordered = device.type == "cuda" or self.owner.impl == "triton"
+            tokens = layout.grid.tokens, layout.text.tokens
+            resident = ResidentMask(self.plan.mask, tokens, device, launch_order=ordered)
+            order = self.order.to(device)
+            first = Operands(resident.follow(phase), self.owner.table(layout, device), order, self.precision(phase))
+            self._known[key] = resident, first
+        resident, operands = self._known[key]
+        mask = resident.follow(phase)
+        if operands.mask is not mask:
+            operands = replace(operands, mask=mask, precision=self.precision(phase))
+            self._known[key] = resident, operands
+        self.operands, self._followed = operands, (phase, layout)
+        return operands
 
     def operands_on(self, device: torch.device) -> Operands:
         """`operands` where q, k and v are: elsewhere than expected if they moved on their way to the layer."""

@@ -18,6 +18,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from ..grid import Grid, Layout, TextSpan
+from ..plan.packing import unpack_all
 from ..plan.plan import PlanError, TransformerPlan
 from ..plan.worth import Verdict, judge
 from ..precision import Precision
@@ -179,6 +180,7 @@ class PlanHook(ModelHook):
     def _follow(self, phase: int, layout: Layout, device: torch.device) -> None:
         """Let every planned layer find its operands now: inside compiled blocks it could not."""
         self._judge(layout, device)
+        unpack_all(layer.plan.mask for layer in self.layers.values() if layer.plan and not layer.faster_dense)
         for layer in self.layers.values():
             if layer.plan is not None and not layer.faster_dense:
                 layer.follow(phase, layout, device)
