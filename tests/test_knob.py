@@ -11,6 +11,7 @@ from paroattn.capture import BlockStats, CaptureSettings, Statistics
 from paroattn.evaluation.curve_page import write_curves
 from paroattn.evaluation.plan_page import write_plan
 from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.plan import search
 from paroattn.plan.cost import Call, TimeUnknown, kept_blocks, rates_of
 from paroattn.plan.curve import Curve, OutOfReach, Prices, curve_of, error_of
 from paroattn.plan.search import Draft, PlanSettings, make_plan, predicted_error
@@ -164,6 +165,13 @@ def test_the_same_statistics_and_target_give_the_same_plan(statistics):
     assert one.made == other.made
     for name, layer in one.layers.items():
         assert torch.equal(layer.mask.bits, other.layers[name].mask.bits)
+
+
+def test_a_density_takes_three_looks_at_the_scores_of_each_layer_and_phase(statistics, monkeypatch):
+    seen, ranked = [], search._Maps.ranked
+    monkeypatch.setattr(search._Maps, "ranked", lambda maps, *place: seen.append(place) or ranked(maps, *place))
+    make_plan(statistics, PlanSettings(0.3, **QUICK))
+    assert len(seen) == 3 * len(LAYERS) * len(LEVELS) and len(set(seen)) == len(LAYERS) * len(LEVELS)
 
 
 # Heads
