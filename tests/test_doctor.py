@@ -371,6 +371,25 @@ def test_on_a_gpu_whose_rates_are_packaged_attention_alone_is_timed(monkeypatch)
     assert rates.linear_tflops == known.linear_tflops and rates.around_ps == known.around_ps
 
 
+def test_the_doctor_says_what_a_forward_takes_dense_and_by_block_masks(monkeypatch, capsys):
+    rates, asked = rates_of("NVIDIA H200"), []
+
+    def known(model, size, density, precisions, *, block, device):
+        asked.append((precisions, block))
+        return predict(rates, model, size, density, ("int8/fp8", "int8"), block=block)
+
+    monkeypatch.setattr(predictions, "forecast", known)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    args = SimpleNamespace(size="720p", density=0.2, block="128x128")
+    found = room._forecast(args, GPU, "wan-14b")
+    words = " ".join(capsys.readouterr().err.split())
+    assert asked == [(("int8/fp8", "int8", "bf16"), (128, 128))]
+    row = found["measured"]["sparse"]["int8/fp8"]
+    assert found["measured"]["forward_ms"]["compiled"] == pytest.approx(11225, rel=0.03)
+    assert row["forward_speed_up"]["compiled"] == pytest.approx(2.7, abs=0.1)
+    assert f"{row['forward_ms']['compiled']:.0f} ms, 2.70×" in words and "rates of NVIDIA H200" in words
+
+
 def test_more_kept_blocks_take_longer(quick):
     model = Workload(2, 64, 2, {"x": (9, 192, 192)}, (4, 8, 8))
 

@@ -12,8 +12,10 @@ from paroattn.evaluation.curve_page import write_curves
 from paroattn.evaluation.plan_page import write_plan
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.plan import search
+from paroattn.plan.card import model_card
 from paroattn.plan.cost import Call, TimeUnknown, kept_blocks, rates_of
 from paroattn.plan.curve import Curve, OutOfReach, Prices, curve_of, error_of
+from paroattn.plan.plan import Plan
 from paroattn.plan.search import Draft, PlanSettings, make_plan, predicted_error
 from paroattn.plan.threshold import Tally, tally
 from paroattn.plan.workloads import known_model
@@ -252,6 +254,15 @@ def test_the_page_has_a_picture_and_the_chosen_point_in_bold(statistics, tmp_pat
     assert "of the finished sample" in page and "NVIDIA H200" in page and "nan" not in page
     without = replace(plan, made={})
     assert "<svg" not in write_plan({"transformer": without}, tmp_path / "without.html").read_text()
+
+
+def test_the_model_card_says_what_is_predicted_in_a_sentence(statistics):
+    card = model_card(Plan({"transformer": make_plan(statistics, PlanSettings(error=0.01, **QUICK))}))
+    (line,) = [line for line in card.splitlines() if line.startswith("Predicted, not measured")]
+    assert "of the finished sample 20.0 dB; faster than dense on an NVIDIA H200: attention 2." in line
+    assert '"points"' not in card and '"error": 0.01' in card
+    bare = model_card(Plan({"transformer": make_plan(statistics, PlanSettings(0.4, budget="per_head", **QUICK))}))
+    assert "Predicted" not in bare
 
 
 def test_a_curve_without_times_says_why(statistics, tmp_path):

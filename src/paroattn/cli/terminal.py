@@ -42,7 +42,8 @@ def plan_table(name: str, part: Any) -> Table:
 
 def curve_table(name: str, curve: Any) -> Table:
     """One transformer's curve of density, predicted error and predicted time, the chosen point marked."""
-    from ..evaluation.curve_page import MEANINGS, cell, columns_of, rows_of
+    from ..evaluation.curve_page import cell, columns_of, rows_of
+    from ..plan.curve import MEANINGS
 
     where = f"; times of one compiled forward on an {curve['gpu']}" if curve["gpu"] else ""
     table = Table(title=f"{name}: predicted error {MEANINGS[curve['error_of']]}{where}", title_justify="left")

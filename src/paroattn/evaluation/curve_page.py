@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..plan.curve import MEANINGS
 from .markup import Markup, join, section, table, tag, write_page
 from .video import check_file, replacing
 from .wording import percent
@@ -16,10 +17,6 @@ MARGIN = (64, 16, 44, 20)
 """Left, right, bottom and top of the picture, in pixels."""
 LARGEST_DB = 60.0
 """Errors below this are nobody's concern and would flatten the picture."""
-MEANINGS = {
-    "sample": "of the finished sample",
-    "attention": "of attention's output, mean over layers",
-}
 TIMES = {"attention_speedup": "attention faster", "speedup": "forward faster"}
 
 

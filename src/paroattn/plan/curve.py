@@ -21,6 +21,11 @@ from .workloads import Workload
 SHOWN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.125, 0.1, 0.075, 0.05)
 """Densities of the curve that is written down."""
 
+MEANINGS = {
+    "sample": "of the finished sample",
+    "attention": "of attention's output, mean over layers",
+}
+
 
 class OutOfReach(ValueError):
     """No density gives what is asked."""
