@@ -381,8 +381,8 @@ def roofline() -> str:
                 )
         head = [
             "model, density", "attention's share, dense", "bound, kept blocks alone", "bound, attention free",
-            "reached", "of that bound", "then attention", "preparing", "linear", "other", "other, added by ours",
-            "line off the whole model",
+            "by the cost model", "reached", "of that bound", "then attention", "preparing", "linear", "other",
+            "other, added by ours", "line off the whole model",
         ]  # fmt: skip
         text += table(head, lines) + f"\n{where(ours)}.\n" if lines else ""
     return text or NOTHING
@@ -396,39 +396,46 @@ def whole_row(rows: list[dict], row: dict) -> dict | None:
 
 
 def roofline_cells(row: dict, dense: dict, whole: dict | None) -> list[str]:
-    """Amdahl's bounds from the dense row, what our row reached of them, and what takes its time."""
+    """Amdahl's bounds from the dense row, the cost model's word, what our row reached, and what takes its time."""
+    expected = [predicted for _, predicted in predictions([dense, row])]
     share = dense["attention_ms"] / dense["ms"]
     free, reached = 1 / (1 - share), dense["ms"] / row["ms"]
     kept = 1 / (1 - share * (1 - row["density_executed"]))
     rest = row["other_ms"] + row["idle_ms"]
     parts = [each / row["ms"] for each in (row["attention_ms"], row["prepare_ms"], row["linear_ms"], rest)]
     return [
-        f"{share:.0%}", f"{kept:.2f}×", f"{free:.2f}×", f"{reached:.2f}×", f"{reached / free:.0%}",
+        f"{share:.0%}", f"{kept:.2f}×", f"{free:.2f}×",
+        f"{expected[0] / expected[1]:.2f}×" if len(expected) == 2 else "–", f"{reached:.2f}×", f"{reached / free:.0%}",
         *(f"{part:.1%}" if part < 0.1 else f"{part:.0%}" for part in parts),
         "–" if row["overhead"] is None else f"{row['overhead']:.1%}",
         f"{abs(row['ms'] / whole['ms'] - 1):.1%}" if whole else "–",
     ]  # fmt: skip
 
 
+def predictions(rows: list[dict]) -> list[tuple[dict, float]]:
+    """The rows that the cost model knows, each with what it says, in milliseconds."""
+    from predictions import predicted_ms
+
+    both = [(row, predicted_ms(row)) for row in rows]
+    return [(row, predicted) for row, predicted in both if predicted is not None]
+
+
 def forecasts() -> str:
-    """What `paro doctor` predicts of eager forwards, beside what was measured."""
+    """What the cost model says of every forward, beside what was measured."""
     text = ""
     for gpu in GPUS:
-        rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"] and row.get("predicted_ms")]
+        timed = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"]]
+        known = predictions(sorted(timed, key=forward_place))
         lines = []
-        for row in sorted(rows, key=lambda row: row["model"], reverse=True):
-            dense = dense_row(rows, row)
-            cells = [
-                milliseconds(row["ms"]),
-                milliseconds(row["predicted_ms"]),
-                signed(row["predicted_ms"] / row["ms"] - 1),
-            ]
-            if dense is not None:
-                measured, predicted = dense["ms"] / row["ms"], dense["predicted_ms"] / row["predicted_ms"]
-                cells += [f"{measured:.2f}×", f"{predicted:.2f}×", signed(predicted / measured - 1)]
-            lines.append([forward_name(row), *cells, *["–"] * (6 - len(cells))])
-        head = ["one forward, eager", "ms", "predicted", "off", "against dense", "predicted", "off"]
-        text += table(head, lines) + f"\n{where(rows)}.\n" if lines else ""
+        for row, predicted in known:
+            dense = dense_row(timed, row) if row["impl"] == "paroattn" else None
+            cells = [milliseconds(row["ms"]), milliseconds(predicted), signed(predicted / row["ms"] - 1)]
+            for same, dense_predicted in predictions([dense] if dense else []):
+                speedups = same["ms"] / row["ms"], dense_predicted / predicted
+                cells += [*(f"{each:.2f}×" for each in speedups), signed(speedups[1] / speedups[0] - 1)]
+            lines.append([f"{forward_name(row)}, {forward_settings(row)}", *cells, *["–"] * (6 - len(cells))])
+        head = ["one forward", "ms", "predicted", "off", "against dense", "predicted", "off"]
+        text += table(head, lines) + f"\n{where([row for row, _ in known])}.\n" if lines else ""
     return text or NOTHING
 
 

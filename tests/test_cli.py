@@ -61,6 +61,50 @@ def test_plan_makes_another_density_without_the_model(plan, tmp_path, capsys, mo
     assert paro("plan", tmp_path / "plan20", "--density", 0.3, "--out", tmp_path / "plan30", "--precision", "int8") == 0
 
 
+def test_plan_takes_one_target_and_shows_what_it_comes_to(plan, tmp_path, capsys):
+    words = ("--snr", 20, "--precision", "int8/fp8", "--out", tmp_path / "plan", "--curve", tmp_path / "curve.json")
+    assert paro("plan", plan, *words, "--json") == 0
+    numbers, said_words = said(capsys)
+    chosen = numbers["transformer"]["predicted"]
+    assert chosen["snr_db"] == pytest.approx(20, abs=0.1) and 0.02 < chosen["density"] < 0.9
+    assert numbers["transformer"]["density"] == pytest.approx(chosen["density"], abs=1e-3)
+    curves = json.loads((tmp_path / "curve.json").read_text())
+    assert curves == numbers["curves"] and curves["transformer"]["chosen"] == chosen
+    assert "finished sample" in said_words and "20.0" in said_words
+    assert paro("show", tmp_path / "plan", "--html", tmp_path / "plan.html") == 0
+    assert "20.0" in said(capsys)[1] and "<svg" in (tmp_path / "plan.html").read_text()
+
+
+def test_plan_shows_the_curve_without_writing_a_plan(plan, tmp_path, capsys):
+    assert paro("plan", plan, "--curve", tmp_path / "curve.html") == 0
+    assert "not predicted: times on NVIDIA H200 are known for" in said(capsys)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.html"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--speedup", 3, "--precision", "int8/fp8"], "speed-up of one forward on NVIDIA H200 must be 1.00…1.00"),
+        (["--speedup", 3], "got fp32/fp32 in blocks of 64x64 with head dimension 64"),
+        (["--error", 1e6], "a target error must be at most"),
+        (["--error", -1], "a target error must be above 0"),
+        (["--gpu", "abacus"], "times are known for NVIDIA H200; got 'abacus'"),
+        (["--error", 0.1, "--budget", "per_head"], "needs one threshold; got the budget per_head"),
+    ],
+)
+def test_a_target_out_of_reach_leaves_no_plan(words, message, plan, tmp_path, capsys):
+    assert paro("plan", plan, "--out", tmp_path / "plan", *words) == 2
+    assert message in said(capsys)[1] and not (tmp_path / "plan").exists()
+
+
+def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):
+    assert paro("plan", plan) == 2 and "--out FOLDER is needed" in said(capsys)[1]
+    assert paro("plan", plan, "--curve", tmp_path / "curve.pdf") == 2
+    assert "written as .html or .json; got 'curve.pdf'" in said(capsys)[1]
+    with pytest.raises(SystemExit):
+        paro("plan", plan, "--density", 0.3, "--error", 0.1, "--out", tmp_path / "plan")
+
+
 def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):
     assert paro("show", plan, "--html", tmp_path / "plan.html", "--json") == 0
     numbers, words = said(capsys)

@@ -19,10 +19,10 @@ from paroattn.capture import CaptureSettings, Statistics
 from paroattn.capture.statistics import LARGEST
 from paroattn.cli import COMMANDS
 from paroattn.cli.arguments import parser
-from paroattn.evaluation.forecast import workload
 from paroattn.grid import Grid, Layout
 from paroattn.kernels.attention import attention
 from paroattn.plan.plan import Plan
+from paroattn.plan.workloads import workload
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

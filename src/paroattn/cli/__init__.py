@@ -11,7 +11,7 @@ from typing import Any
 
 from .arguments import parser
 from .doctor import examine
-from .terminal import console, end, plan_table, say, say_summary, stages, steps, which
+from .terminal import console, curve_table, end, plan_table, say, say_summary, stages, steps, which
 
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
 REPORT_FOLDER = ("report.html", "results.json")
@@ -58,7 +58,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
     from ..files import check_writable
-    from ..integration.calibrate import collect, needed_by, own_precision
+    from ..integration.calibrate import check_times, collect, needed_by, own_precision
     from ..integration.collecting import explained
     from ..integration.journal import discard, unfinished
     from ..integration.processes import group, joined, wait
@@ -73,6 +73,7 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     with joined():
         pipe = _pipeline(args)
         settings = replace(settings, precision=args.precision or own_precision(pipe))
+        check_times(pipe, settings, capture)
         if journal.exists():
             say(f"going on with {journal}")
         with stages() as stage:
@@ -104,12 +105,34 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from ..plan.plan import FOLDER, STATISTICS, Plan
 
     settings = _plan_settings(args)
-    check_writable(args.out, FOLDER)
+    if args.out is None and args.curve is None:
+        raise ValueError("--out FOLDER is needed for a plan, or --curve for what plans there could be; got neither")
+    if args.out is not None:
+        check_writable(args.out, FOLDER)
     measured = load_statistics(args.plan / STATISTICS)
     if not args.precision:
         layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
         settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
-    return _write_plan(measured, settings, args.out)
+    curves = {} if args.curve is None else _show_curves(measured, settings, args)
+    plan = {} if args.out is None else _write_plan(measured, settings, args.out)
+    return plan if args.curve is None else plan | {"curves": curves}
+
+
+def _show_curves(measured: dict[str, Any], settings: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Show what every density would lose and take, with the point that the target comes to."""
+    from ..evaluation.curve_page import write_curves
+    from ..plan.curve import described
+    from ..plan.search import Draft
+
+    drafts = {name: Draft(each, settings) for name, each in measured.items()}
+    if not all(draft.curve for draft in drafts.values()):
+        raise ValueError("a curve needs one threshold; got the budget per_head. Choose another budget.")
+    curves = {name: described(draft.curve, draft.density) for name, draft in drafts.items() if draft.curve}
+    for name, curve in curves.items():
+        console().print(curve_table(name, curve))
+    if args.curve:
+        end(write_curves(curves, args.curve), f"paro plan {args.plan} --density DENSITY --out PLAN")
+    return curves
 
 
 def _write_plan(measured: dict[str, Any], settings: Any, out: Path) -> dict[str, Any]:
@@ -129,13 +152,19 @@ def _write_plan(measured: dict[str, Any], settings: Any, out: Path) -> dict[str,
 
 def _show(args: argparse.Namespace) -> dict[str, Any]:
     """Show orders, density and precision per layer, as a table and as pictures."""
+    from ..plan.curve import curve_of
     from ..plan.plan import Plan
+    from ..plan.worth import judge
 
     plan = Plan.from_pretrained(args.plan)
     if not all(0 <= args.phase < len(part.phases) for part in plan.values()):
         raise ValueError(f"--phase must be below {min(len(part.phases) for part in plan.values())}; got {args.phase}")
+    worth = {name: judge(part, args.gpu) for name, part in plan.items()}
     for name, part in plan.items():
         console().print(plan_table(name, part))
+        if curve := curve_of(part.made):
+            console().print(curve_table(name, curve))
+        say(f"{name}: {worth[name]}")
     following = f"paro generate MODEL --plan {args.plan} --prompt PROMPT --out out.mp4"
     if args.png:
         from ..evaluation.plan_page import write_plan_picture
@@ -145,7 +174,7 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
         from ..evaluation.plan_page import write_plan
 
         end(write_plan(plan, args.html, title=f"Attention plan {args.plan}", phase=args.phase), following)
-    return _describe(plan)
+    return {name: each | {"runs_dense": vars(worth[name])} for name, each in _describe(plan).items()}
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +196,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     with joined() as processes:
         pipe = _pipeline(args)
         if plan is not None:
-            apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
+            apply(pipe, plan, strict=not args.allow_dense, precision=args.precision, even_if_slower=args.even_if_slower)
         if processes > 1:
             split_sequence(pipe)
         began = time.perf_counter()
@@ -200,7 +229,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     check_writable(args.out, REPORT_FOLDER)
     plan = Plan.from_pretrained(_plan_of(args))
     pipe = _pipeline(args)
-    apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
+    apply(pipe, plan, strict=not args.allow_dense, precision=args.precision, even_if_slower=args.even_if_slower)
     with writing_folder(args.out, REPORT_FOLDER) as folder, steps(args.steps and 2 * len(prompts) * args.steps) as step:
 
         def generate(prompt: str, seed: int) -> Any:
@@ -287,10 +316,16 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _plan_settings(args: argparse.Namespace) -> Any:
+    from ..plan.cost import rates_of
+    from ..plan.curve import error_of
     from ..plan.search import PHASE_ENDS, PlanSettings
 
+    rates_of(args.gpu)
     return PlanSettings(
         density=args.density,
+        error=args.error if args.snr is None else error_of(args.snr),
+        speedup=args.speedup,
+        gpu=args.gpu,
         order_score=args.order_score,
         mask_score=args.mask_score,
         budget=args.budget,
@@ -317,12 +352,15 @@ def _call(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _describe(plan: Any) -> dict[str, Any]:
+    from ..plan.curve import curve_of
+
     return {
         name: {
             "model_class": part.model_class,
             "grid": str(part.grid),
             "block": "x".join(map(str, part.block)),
             "density": part.density,
+            "predicted": (curve_of(part.made) or {}).get("chosen"),
             "phases": [vars(phase) for phase in part.phases],
             "layers": {
                 path: {

@@ -109,14 +109,23 @@ def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _replan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("plan", type=Path, help="folder that paro calibrate wrote")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--out", type=Path, help="folder to write; without it, only the curve is shown")
+    sub.add_argument(
+        "--curve", nargs="?", const="", metavar="FILE",
+        help="show density, predicted error and predicted time; also as .html or .json",
+    )  # fmt: skip
     sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--density", type=float, default=0.25, help="kept share of the video's blocks (default: %(default)s)"
+    target = sub.add_mutually_exclusive_group()
+    target.add_argument("--density", type=float, help="kept share of the video's blocks (default: 0.25)")
+    target.add_argument("--error", type=float, help="instead: predicted relative squared error, such as 0.003")
+    target.add_argument("--snr", type=float, metavar="DB", help="instead: the same as dB, such as 25")
+    target.add_argument(
+        "--speedup", type=float, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
     )
+    sub.add_argument("--gpu", default="NVIDIA H200", help="where times are predicted (default: %(default)s)")
     sub.add_argument("--order-score", default="output_error", help="none, paper, mass or output_error")
     sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
     sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")
@@ -131,6 +140,9 @@ def _show_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this page")
     sub.add_argument("--png", type=Path, help="also draw the mask of every head, with its order and density, into one")
     sub.add_argument("--phase", type=int, default=0, help="whose masks are drawn (default: %(default)s)")
+    sub.add_argument(
+        "--gpu", default="NVIDIA H200", help="say which layers gain nothing there, and run dense (default: %(default)s)"
+    )
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -139,6 +151,13 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
     )
+
+
+def _slower_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--even-if-slower", action="store_true",
+        help="follow the plan in layers too that dense attention is predicted to serve faster on this GPU",
+    )  # fmt: skip
 
 
 def _fps_argument(sub: argparse.ArgumentParser) -> None:
@@ -188,7 +207,7 @@ _ARGUMENTS = {
     "calibrate": (_model_arguments, _calibration_arguments, _plan_arguments, _call_arguments),
     "plan": (_replan_arguments, _plan_arguments),
     "show": (_show_arguments,),
-    "generate": (_model_arguments, _run_arguments, _generate_arguments, _call_arguments),
-    "evaluate": (_model_arguments, _run_arguments, _evaluate_arguments, _call_arguments),
+    "generate": (_model_arguments, _run_arguments, _slower_argument, _generate_arguments, _call_arguments),
+    "evaluate": (_model_arguments, _run_arguments, _slower_argument, _evaluate_arguments, _call_arguments),
     "doctor": (_doctor_arguments,),
 }

@@ -85,7 +85,7 @@ def run_demo(out: Path, settings: DemoSettings, progress: Progress, command: str
         with _timed(seconds, "planning"):
             plan = make_plan(statistics, settings.plan)
         Plan({"transformer": plan}).save_pretrained(folder / "plan")
-        apply(pipe, Plan({"transformer": plan}))
+        apply(pipe, Plan({"transformer": plan}), even_if_slower=True)
         pairs = _pairs(pipe, settings, progress)
         executed = report(pipe)
         remove(pipe)

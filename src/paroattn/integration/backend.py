@@ -7,7 +7,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import diffusers
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
+from ..kernels.resident import ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
 from .exchange import to_heads, to_tokens
@@ -99,6 +100,8 @@ class Layer:
         video_only: It sees the video without the text.
         padding_last: Padded text always stands behind the real tokens.
         operands: For the running call.
+        faster_dense: Dense attention is predicted to serve it faster. Compiled code looks at this, but not at why.
+        why_dense: In words; empty if it is not.
         ran: What ran the layer, by phase, such as "triton".
         sparse_calls: By phase and number of text tokens.
         dense_calls: By reason. Neither counts calls inside torch.compile.
@@ -122,24 +125,31 @@ class Layer:
         self.sparse_calls: Counter[tuple[int, int]] = Counter()
         self.dense_calls: Counter[str] = Counter()
         self.operands: Operands | None = None
+        self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
-        self._known: dict[Any, Operands] = {}
+        self._known: dict[tuple[TextSpan, torch.device], tuple[ResidentMask, Operands]] = {}
 
     def sees(self, layout: Layout) -> Layout:
         """The part of a call's sequence that reaches this layer."""
         return Layout(layout.grid) if self.video_only else layout
 
     def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
-        """Set `operands` to those of a phase on a device; they are kept until another phase is followed."""
+        """Set `operands` to those of a phase on a device; the masks of one phase at a time are there."""
         assert self.plan is not None and self.order is not None
         layout = self.sees(layout)
-        key = (phase, layout.text, device)
+        key = (layout.text, device)
         if key not in self._known:
-            if len(self._known) >= LAYOUTS_KEPT or any(known != phase for known, *_ in self._known):
+            if len(self._known) >= LAYOUTS_KEPT:
                 self._known.clear()
-            self._known[key] = self._operands(phase, layout, device)
-        self.operands, self._followed = self._known[key], (phase, layout)
-        return self.operands
+            self._known[key] = self._first(phase, layout, device)
+        resident, operands = self._known[key]
+        mask = resident.follow(phase)
+        if operands.mask is not mask:
+            changed = {"mask": mask, "precision": self.precision(phase)} | self._dealt(phase, layout, device)
+            operands = replace(operands, **changed)
+            self._known[key] = resident, operands
+        self.operands, self._followed = operands, (phase, layout)
+        return operands
 
     def operands_on(self, device: torch.device) -> Operands:
         """`operands` where q, k and v are: elsewhere than expected if they moved on their way to the layer."""
@@ -156,22 +166,40 @@ class Layer:
         heads = self.plan.precision[phase]
         return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
 
-    def _operands(self, phase: int, layout: Layout, device: torch.device) -> Operands:
+    def _first(self, phase: int, layout: Layout, device: torch.device) -> tuple[ResidentMask, Operands]:
         assert self.plan is not None and self.order is not None
-        mask, order, precision = self.plan.mask[phase], self.order, self.precision(phase)
-        shared: dict[str, Any] = {}
-        ranks = self.owner.ranks
-        if ranks is not None:
-            dealt = ranks.deal(mask)
-            own = dealt[ranks.rank]
-            mask, order = BlockMask(mask.bits[own.to(mask.bits.device)], mask.key_blocks, mask.block), order[own]
-            precision = tuple(precision[head] for head in own.tolist()) if isinstance(precision, tuple) else precision
-            places = ranks.places(layout).to(device)
-            shared = {"heads": dealt.to(device), "sizes": ranks.sizes(layout), "places": places}
-        mask = mask.with_text(layout.grid.tokens, layout.text.tokens).to(device)
-        if device.type == "cuda" or self.owner.impl == "triton":
-            _ = mask.launch_order
-        return Operands(mask, self.owner.table(layout, device), order.to(device), precision, **shared)
+        ordered = device.type == "cuda" or self.owner.impl == "triton"
+        tokens = layout.grid.tokens, layout.text.tokens
+        resident = ResidentMask(self._own_masks(), tokens, device, launch_order=ordered)
+        mask, table, order = resident.follow(phase), self.owner.table(layout, device), self.order.to(device)
+        first = Operands(mask, table, order, self.precision(phase))
+        return resident, replace(first, **self._dealt(phase, layout, device))
+
+    def _own_masks(self) -> BlockMask:
+        """Masks of all phases, of several ranks those of its own heads."""
+        assert self.plan is not None
+        mask, ranks = self.plan.mask, self.owner.ranks
+        if ranks is None:
+            return mask
+        own = (ranks.deal(mask[phase])[ranks.rank] for phase in range(len(mask.bits)))
+        bits = torch.stack([bits[heads.to(bits.device)] for bits, heads in zip(mask.bits, own, strict=True)])
+        return BlockMask(bits, mask.key_blocks, mask.block)
+
+    def _dealt(self, phase: int, layout: Layout, device: torch.device) -> dict[str, Any]:
+        """What differs on one of several ranks."""
+        assert self.plan is not None and self.order is not None
+        ranks, precision = self.owner.ranks, self.precision(phase)
+        if ranks is None:
+            return {}
+        dealt = ranks.deal(self.plan.mask[phase])
+        own = dealt[ranks.rank]
+        return {
+            "order": self.order[own].to(device),
+            "precision": tuple(precision[head] for head in own.tolist()) if isinstance(precision, tuple) else precision,
+            "heads": dealt.to(device),
+            "sizes": ranks.sizes(layout),
+            "places": ranks.places(layout).to(device),
+        }
 
 
 def attend(
@@ -203,11 +231,11 @@ def attend(
     if reason is not None:
         if counting:
             layer.dense_calls[reason] += 1
-        if ranks is None:
-            return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
-        if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
-            attn_mask = ranks.arrived_mask(attn_mask, layout)
-        return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
+        return _all_blocks(dense, layer, layout, attn_mask)
+    if layer.faster_dense:
+        if counting:
+            layer.dense_calls[layer.why_dense] += 1
+        return _all_blocks(dense, layer, layout, attn_mask)
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
     operands = layer.operands_on(query.device)
     if ranks is None or operands.heads is None or operands.places is None:
@@ -226,6 +254,16 @@ def attend(
                 some, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
             )
     return out
+
+
+def _all_blocks(dense: Callable[..., Tensor], layer: Layer, layout: Layout | None, attn_mask: Tensor | None) -> Tensor:
+    """Dense attention as the layer would run it without a plan, of a whole sequence if several ranks share it."""
+    ranks = layer.owner.ranks
+    if ranks is None:
+        return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
+    if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
+        attn_mask = ranks.arrived_mask(attn_mask, layout)
+    return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
 
 
 def _follow(

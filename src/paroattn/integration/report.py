@@ -57,6 +57,7 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
         "grids_seen": dict(hook.grids),
         "calls": dict(hook.calls),
         "replaced_layers": hook.replaced,
+        "prediction": None if hook.verdict is None else str(hook.verdict),
         "density": _mean((layer["density"], 1) for layer in layers.values()),
         "layers": layers,
     }
@@ -71,6 +72,7 @@ def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:
         "density": _mean([*ran, (1.0, fell_back)]),
         "sparse_calls": layer.sparse_calls.total(),
         "dense_calls": dict(layer.dense_calls),
+        "faster_dense": layer.why_dense or None,
         "phases": phases,
     }
 
@@ -98,6 +100,7 @@ def _table(name: str, part: dict[str, Any]) -> str:
         f"{name}: {part['model_class']}, executed density {_number(part['density'])}",
         f"  plan's grid {part['plan_grid']}; calls by grid: {grids}",
     ]
+    lines += [f"  {part['prediction']}"] if part["prediction"] else []
     lines += [f"  {count:6} calls {_outcome(kind)}" for kind, count in part["calls"].items()]
     reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
     lines += [f"  {n:6} layer calls {_outcome(kind)}" for kind, n in reasons.items() if kind not in part["calls"]]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .curve import MEANINGS, curve_of
 from .plan import HUB_ID, Plan, TransformerPlan
 
 _UNITS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".4f"), "cosine": ("cosine", ".4f")}
@@ -97,9 +98,23 @@ def _density(name: str, plan: TransformerPlan) -> str:
         (f"down to {phase.lowest_noise:.3f}", f"{phase.share:.0%}", f"{float(density):.3f}")
         for phase, density in zip(plan.phases, plan.phase_density(), strict=True)
     ]
-    return _table(
+    kept = _table(
         (f"{name}: noise level", "share of the steps", "blocks kept"), [*rows, ("all", "100%", f"{plan.density:.3f}")]
     )
+    return "\n\n".join([kept, *_predicted(plan)])
+
+
+def _predicted(plan: TransformerPlan) -> list[str]:
+    """What the models of error and cost say, in a sentence; nothing where the plan does not hold its curve."""
+    curve = curve_of(plan.made)
+    if curve is None:
+        return []
+    chosen = curve["chosen"]
+    decibels = "none" if chosen["snr_db"] is None else f"{chosen['snr_db']:.1f} dB"
+    words = f"Predicted, not measured: relative squared error {MEANINGS[curve['error_of']]} {decibels}"
+    times = {"attention": chosen["attention_speedup"], "one compiled forward": chosen["speedup"]}
+    known = [f"{what} {value:.2f}×" for what, value in times.items() if value is not None]
+    return [f"{words}; faster than dense on an {curve['gpu']}: {', '.join(known)}." if known else f"{words}."]
 
 
 def _quality(evaluation: Mapping[str, Any] | None) -> str:
@@ -131,7 +146,8 @@ def _number(value: Any, form: str) -> str:
 
 
 def _made(name: str, plan: TransformerPlan) -> str:
-    text = json.dumps(dict(plan.made), indent=1, ensure_ascii=False, default=str)
+    made = {key: value for key, value in plan.made.items() if key != "curve"}
+    text = json.dumps(made, indent=1, ensure_ascii=False, default=str)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{name}:\n\n{fence}json\n{text}\n{fence}"
 
