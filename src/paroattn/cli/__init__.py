@@ -92,18 +92,37 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Make another plan from the statistics of a calibration, without running the model."""
+    """Make another plan from the statistics of a calibration, without running the model; or carry one to a grid."""
     from ..files import check_writable
     from ..integration.calibrate import load_statistics
     from ..plan.plan import FOLDER, STATISTICS, Plan
 
     settings = _plan_settings(args)
+    if args.grid is not None:
+        return _carry(args, settings)
     check_writable(args.out, FOLDER)
     measured = load_statistics(args.plan / STATISTICS)
     if not args.precision:
         layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
         settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
     return _write_plan(measured, settings, args.out)
+
+
+def _carry(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """Write a plan for another grid, the same in everything else."""
+    from ..files import check_writable
+    from ..grid import Grid
+    from ..plan.plan import FOLDER, Plan
+    from ..plan.search import PlanSettings
+
+    grid = Grid.parse(args.grid)
+    if settings != PlanSettings():
+        raise ValueError("--grid carries the plan as it is; make the plan you want first, then carry it")
+    check_writable(args.out, FOLDER)
+    plan = Plan.from_pretrained(args.plan).for_grid(grid)
+    plan.save_pretrained(args.out)
+    end(args.out, f"paro evaluate MODEL --plan {args.out} --prompts prompts.txt --out report/ tells what that loses")
+    return _describe(plan)
 
 
 def _write_plan(measured: dict[str, Any], settings: Any, out: Path) -> dict[str, Any]:

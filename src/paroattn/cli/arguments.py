@@ -111,6 +111,10 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("plan", type=Path, help="folder that paro calibrate wrote")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
+    sub.add_argument(
+        "--grid", metavar="FxHxW",
+        help="carry the plan as it is to this grid of tokens, without statistics; what that loses is not measured",
+    )  # fmt: skip
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:

@@ -201,7 +201,7 @@ class PlanHook(ModelHook):
         if grid != plan.grid:
             return None, self.fall_back(
                 f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {has}",
-                "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
+                f"Calibrate at this resolution, or {_carry(grid)}apply with strict=False to run such calls dense.",
             )
         if text.tokens and text.side != plan.text.side:
             return None, self.fall_back(
@@ -236,6 +236,11 @@ def hook_of(transformer: nn.Module) -> PlanHook | None:
     anchor = transformer._modules.get(HOOK)
     hook = None if anchor is None else HookRegistry.check_if_exists_or_initialize(anchor).get_hook(HOOK)
     return hook if isinstance(hook, PlanHook) else None
+
+
+def _carry(grid: Grid | None) -> str:
+    """How to come to this grid without calibrating."""
+    return f"carry the plan there (plan.for_grid, or paro plan --grid {grid}), or " if grid else ""
 
 
 def _forget_children(transformer: nn.Module) -> None:
