@@ -39,6 +39,33 @@ def clip(pipe, prompt=PROMPT, seed=3, **settings):
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).frames
 
 
+def test_a_clip_of_another_size_follows_the_plan_carried_there(pipe):
+    size = {"num_frames": 5, "height": 24, "width": 44}
+    dense = clip(pipe, **size)
+    assert dense.shape == (1, 5, 3, 24, 44)
+    shipped = Plan.from_pretrained(PLAN)
+    paroattn.apply(pipe, shipped)
+    try:
+        with pytest.raises(ValueError, match=r"this call has 5x6x11\. .* paro plan --grid 5x6x11"):
+            clip(pipe, **size)
+    finally:
+        paroattn.remove(pipe)
+    paroattn.apply(pipe, shipped.for_grid(paroattn.Grid(5, 6, 11)))
+    try:
+        sparse = clip(pipe, **size)
+        assert paroattn.report(pipe).to_dict()["transformer"]["calls"] == {"sparse": 2}
+    finally:
+        paroattn.remove(pipe)
+    assert 0 < float((dense - sparse).abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize("wrong", [{"height": 50}, {"num_frames": 33}, {"width": 0}], ids=str)
+def test_sizes_that_the_model_cannot_make_are_refused(pipe, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be a multiple of .* got {value}"):
+        clip(pipe, **wrong)
+
+
 # Language
 
 
