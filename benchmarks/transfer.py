@@ -15,16 +15,19 @@ with its own dense clip: same prompt, seed, steps, guidance, weights and size. T
                  both are made here, with what they can do in the row
     resolution   the plan carried to another grid with `for_grid`
 
-Rows are merged into the result file as they are measured.
+Rows are merged into the result file as they are measured. Several processes may share a GPU: each takes some --values
+into a file of its own, and all of them keep what they calibrate in one --statistics folder.
 """
 
 import argparse
+import fcntl
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +179,8 @@ class Models:
 class Bench:
     """Calibrates and makes clips at any setting; what was made before is not made again."""
 
-    def __init__(self, device: str, clips: int, impl: str, dtype: torch.dtype):
+    def __init__(self, device: str, clips: int, impl: str, dtype: torch.dtype, folder: Path | None = None):
+        self.folder = folder
         self.pipe, self.models, self.impl = load_demo(device, dtype), Models(device, dtype), impl
         self.precision = own_precision(self.pipe)
         self.prompts = EVALUATION_PROMPTS[:clips]
@@ -215,6 +219,18 @@ class Bench:
         return tuple(noise_levels(self.pipe.scheduler) or ())
 
     def _statistics(self, calibration: Calibration) -> Statistics:
+        """What a calibration measures; from the folder if any process has measured it, one at a time."""
+        if self.folder is None:
+            return self._measured(calibration)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = self.folder / sha256(repr(calibration).encode()).hexdigest()[:16]
+        with kept.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.is_dir():
+                self._measured(calibration).save(kept)
+            return Statistics.load(kept)
+
+    def _measured(self, calibration: Calibration) -> Statistics:
         self.pipe.transformer = self.models.named(calibration.at.model)
         settings, prompts, common = PlanSettings(), list(calibration.prompts), calibration.at.call
         common |= {"steps": calibration.steps, "seed": calibration.seed, "progress": lambda done: None}
@@ -228,6 +244,7 @@ class Bench:
 def row(bench: Bench, case: Case, density: float) -> dict[str, Any]:
     """The plan made elsewhere and the one made here, on the same clips."""
     setting = case.setting
+    bench.models.named(setting.model)
     carried = bench.plan(case.plan, density, STEPS).for_grid(setting.grid)
     psnr, got = bench.psnr(setting, carried)
     own = bench.plan(case.own, executed(carried, bench.levels(setting.steps)), setting.steps)
@@ -246,15 +263,19 @@ def row(bench: Bench, case: Case, density: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows(bench: Bench, axes: Sequence[str], densities: Sequence[float]) -> Iterator[dict[str, Any]]:
+def rows(
+    bench: Bench, axes: Sequence[str], values: Sequence[str], densities: Sequence[float]
+) -> Iterator[dict[str, Any]]:
     """Every row, the most important first."""
-    for case in (case for case in cases() if case.axis in axes):
+    for case in (case for case in cases() if case.axis in axes and (not values or str(case.value) in values)):
         yield from (row(bench, case, density) for density in densities)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
+    parser.add_argument("--values", nargs="+", default=(), help="only these of the axes")
+    parser.add_argument("--statistics", type=Path, help="read or keep what is calibrated here")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--clips", type=int, default=len(EVALUATION_PROMPTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -262,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="result file to merge the rows into")
     args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    bench, last = Bench(args.device, args.clips, args.impl, dtype), time.time()
+    bench, last = Bench(args.device, args.clips, args.impl, dtype, args.statistics), time.time()
     about = environment(args.device, args.impl) | {"weights_sha256": weights_sha256(), "impl": args.impl}
-    for found in rows(bench, args.axes, args.densities):
+    for found in rows(bench, args.axes, args.values, args.densities):
         merge(args.out, [found | about], KEY)
         shown = (*KEY, "density_executed", "psnr_mean", "psnr_own_plan", "density_own_plan", "loss_interval")
         print(f"{time.time() - last:6.1f} s", {name: found[name] for name in shown}, flush=True)

@@ -26,13 +26,27 @@ CASES = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def only_larger(measured):
+    """Another process's calibration: what the first one has kept is not measured again."""
+
+    def measure(bench, calibration):
+        assert calibration.at == LARGER
+        return measured(bench, calibration)
+
+    return measure
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("transfer") / "transfer.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "cases", lambda: CASES)
         patch.setattr(transfer, "STEPS", 2)
-        transfer.main(["--clips", "2", "--densities", "0.6", "--device", "cpu", "--out", str(out)])
+        common = ["--clips", "2", "--densities", "0.6", "--device", "cpu", "--out", str(out)]
+        folder = ["--statistics", str(out.with_name("statistics"))]
+        transfer.main([*common, *folder, "--values", "3"])
+        patch.setattr(transfer.Bench, "_measured", only_larger(transfer.Bench._measured))
+        transfer.main([*common, *folder, "--axes", "resolution"])
     return out
 
 

@@ -29,7 +29,7 @@ class Settings:
     """How the LoRA is made: its rank, and steps, batch, rate and seed of training."""
 
     rank: int = 16
-    steps: int = 150
+    steps: int = 100
     batch: int = 32
     rate: float = 1e-3
     seed: int = 0
