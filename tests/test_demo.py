@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,27 @@ def test_saved_and_loaded_again_it_makes_the_same_clip(pipe, tmp_path):
 
 
 # Plan and calibration
+
+
+def test_training_starts_from_other_weights_and_what_it_saves_is_loaded_for_larger_images(pipe, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+    import train
+
+    model = train.Model((1, 16, 160))
+    model.start_from(MODEL)
+    for name, part in model.named_children():
+        saved = getattr(pipe, name).state_dict()
+        assert saved.keys() == part.state_dict().keys()
+        assert all(torch.equal(weight, saved[key]) for key, weight in part.state_dict().items())
+        part.save_pretrained(tmp_path / name)
+    pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+    larger = load_demo(model=tmp_path)
+    assert weights_sha256(tmp_path) != weights_sha256()
+    call = {"prompt": EVALUATION_PROMPTS[0], "num_inference_steps": 1, "guidance_scale": 1}
+    frames = larger(**call, num_frames=1, height=16, width=160).frames
+    assert frames.shape == (1, 1, 3, 16, 160) and frames.isfinite().all()
+    with pytest.raises(ValueError, match="width must be a multiple of 4, 128 at most; got 160"):
+        pipe(**call, num_frames=1, height=16, width=160)
 
 
 def test_the_plan_that_ships_fits_and_runs_where_it_says(pipe):

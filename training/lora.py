@@ -55,7 +55,7 @@ def fine_tune(
     torch.manual_seed(settings.seed)  # of the adapter's first weights
     generator, negatives = Generator(device).manual_seed(settings.seed), -photographs
     model: Any = Tuned(copy.deepcopy(pipe.transformer), pipe.conditioner)
-    before = held_out_loss(model, negatives, batches=2)
+    before = held_out_loss(model, negatives, batches=2, size=size)
     model.requires_grad_(False)
     model.transformer.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=ADAPTED))
     adapted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -76,7 +76,7 @@ def fine_tune(
     model.requires_grad_(False)
     about = {
         **vars(settings), "held_out_loss_before": round(before, 5),
-        "held_out_loss": round(held_out_loss(model, negatives, batches=2), 5),
+        "held_out_loss": round(held_out_loss(model, negatives, batches=2, size=size), 5),
         "seconds": round(time.time() - began, 1), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }  # fmt: skip

@@ -17,7 +17,6 @@ from .conditioner import Conditioner
 MODEL = Path(__file__).parent / "model"
 PLAN = Path(__file__).parent / "plan"
 FRAMES, HEIGHT, WIDTH = 16, 52, 72
-LONGEST = 32  # tokens along an axis that the model's positions reach
 STEPS = 24
 GUIDANCE = 2.0
 
@@ -81,9 +80,10 @@ class DemoPipeline(DiffusionPipeline):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be 1 or more; got {num_inference_steps}")
         size = (num_frames, height, width)
+        longest = self.transformer.config.rope_max_seq_len  # tokens along an axis that the model's positions reach
         for name, length, patch in zip(("num_frames", "height", "width"), size, self._patch, strict=True):
-            if length % patch or not 0 < length <= patch * LONGEST:
-                raise ValueError(f"{name} must be a multiple of {patch}, {patch * LONGEST} at most; got {length}")
+            if length % patch or not 0 < length <= patch * longest:
+                raise ValueError(f"{name} must be a multiple of {patch}, {patch * longest} at most; got {length}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("at least one prompt is needed; got none")
@@ -125,13 +125,15 @@ class DemoPipeline(DiffusionPipeline):
         return torch.stack(drawn)
 
 
-def load_demo(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DemoPipeline:
-    """The bundled pipeline with its weights, ready to use."""
+def load_demo(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, model: Path = MODEL
+) -> DemoPipeline:
+    """The bundled pipeline with its weights, ready to use; or one like it, from the folder that training wrote."""
     settings = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with _quiet():
-        transformer = WanTransformer3DModel.from_pretrained(MODEL / "transformer", **settings)
-        conditioner = Conditioner.from_pretrained(MODEL / "conditioner", **settings)
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
+        transformer = WanTransformer3DModel.from_pretrained(model / "transformer", **settings)
+        conditioner = Conditioner.from_pretrained(model / "conditioner", **settings)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
     pipe = DemoPipeline(transformer, scheduler, conditioner).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -149,9 +151,9 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def weights_sha256() -> str:
-    """SHA-256 over the bundled weights, file by file in the order of their names."""
+def weights_sha256(model: Path = MODEL) -> str:
+    """SHA-256 over a model's weights, file by file in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(MODEL.rglob("*.safetensors")):
+    for path in sorted(model.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
