@@ -245,6 +245,17 @@ class Plan(Mapping[str, TransformerPlan]):
 
         return plan_for_grid(self, grid)
 
+    def digest(self) -> str:
+        """SHA-256 over all that decides what runs; how a plan was made does not enter."""
+        found = hashlib.sha256()
+        for name, plan in self.items():
+            told = (name, plan.model_class, str(plan.grid), vars(plan.text), plan.block, plan.phases)
+            found.update(repr(told).encode())
+            for layer, each in plan.layers.items():
+                found.update(repr((layer, each.orders, each.precision)).encode())
+                found.update(each.mask.bits.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
     def save_pretrained(self, folder: str | os.PathLike, *, evaluation: Mapping[str, Any] | None = None) -> Path:
         """Write the plan as a folder with a model card, all of it or nothing.
 
