@@ -19,7 +19,7 @@ LIMITS = {"psnr": (-math.inf, math.inf), "ssim": (-1.0, 1.0), "cosine": (-1.0, 1
 FURTHER_LIMITS = {"ms_ssim": (0.0, 1.0), "latents_cosine": (-1.0, 1.0)}
 DATA_RANGE = 2.0
 SMALLEST_FRAME = 11
-SMALLEST_FOR_SCALES = 160
+SMALLEST_FOR_SCALES = 176
 
 Generate = Callable[[str, int], Tensor]
 Measure = Callable[[str, Tensor, Tensor], Mapping[str, float]]
@@ -284,12 +284,12 @@ def _evaluate(
 
 
 def ms_ssim(prompt: str, dense: Tensor, sparse: Tensor) -> dict[str, float]:
-    """Mean MS-SSIM of the frames (five scales, window and σ as for SSIM), for frames of more than 160 pixels.
+    """Mean MS-SSIM of the frames (five scales, window and σ as for SSIM), for frames of 176 pixels or more.
 
     Source:
         Wang, Simoncelli and Bovik, Multi-scale structural similarity for image quality assessment, 2003.
     """
-    if min(dense.shape[2:]) <= SMALLEST_FOR_SCALES:
+    if min(dense.shape[2:]) < SMALLEST_FOR_SCALES:
         return {}
     pairs = zip(dense, sparse, strict=True)
     found = [
