@@ -94,34 +94,46 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Make another plan from the statistics of a calibration, without running the model; or carry one to a grid."""
+    """Make another plan from the statistics of a calibration, without running the model, also for another grid."""
+    from ..capture.regrid import regridded
     from ..files import check_writable
+    from ..grid import Grid
     from ..integration.calibrate import load_statistics
     from ..plan.plan import FOLDER, STATISTICS, Plan
+    from ..plan.search import make_plan
 
     settings = _plan_settings(args)
-    if args.grid is not None:
-        return _carry(args, settings)
+    grid = None if args.grid is None else Grid.parse(args.grid)
     check_writable(args.out, FOLDER)
+    if grid is not None and not (args.plan / STATISTICS).is_dir():
+        return _carry(args, settings, grid)
     measured = load_statistics(args.plan / STATISTICS)
     if not args.precision:
         layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
         settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
-    return _write_plan(measured, settings, args.out)
+    if grid is None:
+        return _write_plan(measured, settings, args.out)
+    plan = Plan({name: make_plan(regridded(each, grid), settings) for name, each in measured.items()})
+    return _carried(plan, args)
 
 
-def _carry(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """Write a plan for another grid, the same in everything else."""
-    from ..files import check_writable
-    from ..grid import Grid
-    from ..plan.plan import FOLDER, Plan
+def _carry(args: argparse.Namespace, settings: Any, grid: Any) -> dict[str, Any]:
+    """Write a plan for another grid from its masks alone, the same in everything else."""
+    from ..plan.plan import Plan
     from ..plan.search import PlanSettings
 
-    grid = Grid.parse(args.grid)
+    plan = Plan.from_pretrained(args.plan)
     if settings != PlanSettings():
-        raise ValueError("--grid carries the plan as it is; make the plan you want first, then carry it")
-    check_writable(args.out, FOLDER)
-    plan = Plan.from_pretrained(args.plan).for_grid(grid)
+        raise ValueError(
+            f"{args.plan} has no statistics, from which another plan could be made; got more than --grid, which "
+            "carries the masks as they are. Leave out the rest, or calibrate."
+        )
+    say(f"{args.plan} has no statistics: masks alone carry badly, see what they lose with paro evaluate")
+    return _carried(plan.for_grid(grid), args)
+
+
+def _carried(plan: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Write a plan that nobody has measured where it is for."""
     plan.save_pretrained(args.out)
     end(args.out, f"paro evaluate MODEL --plan {args.out} --prompts prompts.txt --out report/ tells what that loses")
     return _describe(plan)

@@ -113,7 +113,7 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
     sub.add_argument(
         "--grid", metavar="FxHxW",
-        help="carry the plan as it is to this grid of tokens, without statistics; what that loses is not measured",
+        help="make the plan for this grid of tokens, from statistics of the other; what that loses is not measured",
     )  # fmt: skip
 
 
