@@ -148,9 +148,8 @@ def test_fvd_gets_all_dense_clips_and_all_sparse_ones(monkeypatch):
             seen.append((real.shape, real[1, 0, 0, 0].tolist(), fake[1, 0, 0, 0].tolist()))
             return np.float64(12.5)
 
-    package = types.ModuleType("cdfvd")
-    package.fvd = types.SimpleNamespace(cdfvd=Network)
-    monkeypatch.setitem(sys.modules, "cdfvd", package)
+    monkeypatch.setitem(sys.modules, "cdfvd.fvd", types.SimpleNamespace(cdfvd=Network))
+    monkeypatch.setitem(sys.modules, "cdfvd", types.SimpleNamespace())
     monkeypatch.setattr(metrics_module, "find_spec", lambda name: True)
     _, (measure,) = load_metrics(["fvd"], "cpu")
     clips = [(np.full((4, 8, 8, 3), i, np.uint8), np.full((4, 8, 8, 3), 100 + i, np.uint8)) for i in range(2)]

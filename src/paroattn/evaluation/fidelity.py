@@ -291,13 +291,10 @@ def ms_ssim(prompt: str, dense: Tensor, sparse: Tensor) -> dict[str, float]:
     """
     if min(dense.shape[2:]) < SMALLEST_FOR_SCALES:
         return {}
-    pairs = zip(dense, sparse, strict=True)
-    found = [
-        multiscale_structural_similarity_index_measure(
-            *(each.float().clamp(-1, 1)[None] for each in pair), data_range=2.0
-        )
-        for pair in pairs
-    ]
+    found = []
+    for pair in zip(dense, sparse, strict=True):
+        one, other = (frame.float().clamp(-1, 1)[None] for frame in pair)
+        found.append(multiscale_structural_similarity_index_measure(one, other, data_range=DATA_RANGE))
     return {"ms_ssim": sum(float(each) for each in found) / len(found)}
 
 

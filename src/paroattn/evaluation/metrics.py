@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,7 @@ def _clip_score(device: str) -> Measure:
 
 
 def _fvd(device: str) -> OverAll:
-    from cdfvd import fvd
-
-    network = fvd.cdfvd("i3d", ckpt_path=None, device=device)
+    network: Any = import_module("cdfvd.fvd").cdfvd("i3d", ckpt_path=None, device=device)
 
     def measure(clips: Clips) -> dict[str, float]:
         dense, sparse = (np.stack(side) for side in zip(*clips, strict=True))

@@ -71,10 +71,9 @@ class Pairs:
     def keep(self, number: int, pair: Comparison, executed: Mapping[str, Any]) -> None:
         """Keep a pair and what was executed for it; its name vanishes or is whole."""
         if self.pixels:
-            clips = {"dense": _frames(pair.dense), "sparse": _frames(pair.sparse)}
             scratch = self.folder / (PIXELS.format(number) + SCRATCH)
             with scratch.open("wb") as file:
-                np.savez(file, **clips)
+                np.savez(file, dense=_frames(pair.dense), sparse=_frames(pair.sparse))
             scratch.replace(self.folder / PIXELS.format(number))
         sheets = [_described(sheet) for sheet in sheets_of(pair, self.fps, SHEETS_BUDGET)]
         kept = {"record": pair.record(), "more": dict(pair.more), "executed": executed, "sheets": sheets}

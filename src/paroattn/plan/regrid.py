@@ -5,7 +5,9 @@ old counterparts were kept, and the blocks worth most are kept. A mask says of e
 a plan from statistics laid over the new grid (`capture.regrid`) is much better; neither has seen the model there.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def for_grid(plan: TransformerPlan, grid: Grid) -> TransformerPlan:
     return replace(plan, grid=grid, layers=layers, made=noted(plan.made, plan.grid))
 
 
-def noted(made: dict, grid: Grid) -> dict:
+def noted(made: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
     """How a plan was made, with the grid it was carried from."""
     return {**made, CARRIED: [*made.get(CARRIED, ()), str(grid)]}
 
