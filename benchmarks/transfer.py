@@ -13,7 +13,8 @@ with its own dense clip: same prompt, seed, steps, guidance, weights and size. T
     guidance     none, and twice as much
     finetune     a LoRA (training/lora.py), and a student distilled to four steps without guidance (training/distil.py);
                  both are made here, with what they can do in the row
-    resolution   the plan carried to another grid with `for_grid`
+    resolution   a plan for another grid from the statistics of this one, as `paro plan --grid` makes it, and the plan's
+                 masks alone carried there with `for_grid`
 
 Rows are merged into the result file as they are measured. Several processes may share a GPU: each takes some --values
 into a file of its own, and all of them keep what they calibrate in one --statistics folder.
@@ -38,6 +39,7 @@ from fidelity import executed, tuned
 from fidelity_demo import all_kept
 from paroattn import apply, remove, report
 from paroattn.capture import Statistics
+from paroattn.capture.regrid import regridded
 from paroattn.demo.pipeline import FRAMES, GUIDANCE, HEIGHT, STEPS, WIDTH, load_demo, weights_sha256
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS, SLOTS, prompt_of
 from paroattn.evaluation.fidelity import DATA_RANGE, summarise
@@ -99,13 +101,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Case:
-    """A row: the plan that is carried over, where it is used, and the plan that is calibrated there."""
+    """A row: the plan that is carried over, where it is used, and the plan that is calibrated there.
+
+    Attributes:
+        masks_alone: Another grid gets the plan's masks instead of a plan from the statistics.
+    """
 
     axis: str
     value: str | int | float
     setting: Setting
     own: Calibration
     plan: Calibration = Calibration()
+    masks_alone: bool = False
 
 
 def sized(*size: int) -> Setting:
@@ -128,6 +135,9 @@ def cases() -> list[Case]:
     ]
     places = [sized(24, 13, 18), sized(16, 17, 24), sized(11, 9, 14)]
     found += [Case("resolution", str(each.grid), each, Calibration(at=each)) for each in places]
+    found += [
+        Case("resolution", f"{each.grid}, masks alone", each, Calibration(at=each), masks_alone=True) for each in places
+    ]
     found += [
         Case("guidance", g, replace(base, guidance=g), Calibration(at=replace(base, guidance=g))) for g in (1.0, 4.0)
     ]
@@ -187,11 +197,12 @@ class Bench:
         self.statistics, self.levels = cache(self._statistics), cache(self._levels)
         self.dense: dict[Setting, Tensor] = {}
 
-    def plan(self, calibration: Calibration, density: float, steps: int) -> TransformerPlan:
-        """A plan that executes this density on a schedule of so many steps."""
+    def plan(self, calibration: Calibration, density: float, steps: int, grid: Grid | None = None) -> TransformerPlan:
+        """A plan that executes this density on a schedule of so many steps, on the calibration's grid by default."""
+        statistics = regridded(self.statistics(calibration), grid or calibration.at.grid)
 
         def make(wanted: float) -> TransformerPlan:
-            return make_plan(self.statistics(calibration), PlanSettings(wanted, precision=self.precision))
+            return make_plan(statistics, PlanSettings(wanted, precision=self.precision))
 
         return tuned(make, density, self.levels(steps))
 
@@ -245,7 +256,11 @@ def row(bench: Bench, case: Case, density: float) -> dict[str, Any]:
     """The plan made elsewhere and the one made here, on the same clips."""
     setting = case.setting
     bench.models.named(setting.model)
-    carried = bench.plan(case.plan, density, STEPS).for_grid(setting.grid)
+    carried = (
+        bench.plan(case.plan, density, STEPS).for_grid(setting.grid)
+        if case.masks_alone
+        else bench.plan(case.plan, density, STEPS, setting.grid)
+    )
     psnr, got = bench.psnr(setting, carried)
     own = bench.plan(case.own, executed(carried, bench.levels(setting.steps)), setting.steps)
     own_psnr, own_got = bench.psnr(setting, own)

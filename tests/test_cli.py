@@ -8,6 +8,7 @@ from PIL import Image, ImageChops
 
 from paroattn.cli import main
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+from paroattn.grid import Grid
 from paroattn.plan.plan import Plan
 
 FAST = ["--guidance-scale", "1", "--steps", "2"]
@@ -59,6 +60,18 @@ def test_plan_makes_another_density_without_the_model(plan, tmp_path, capsys, mo
     assert numbers["transformer"]["density"] == pytest.approx(0.2, abs=1e-3)
     assert "next: paro show" in words
     assert paro("plan", tmp_path / "plan20", "--density", 0.3, "--out", tmp_path / "plan30", "--precision", "int8") == 0
+
+
+def test_plan_from_statistics_is_for_another_grid_at_another_density(plan, tmp_path, capsys):
+    out = tmp_path / "longer"
+    assert paro("plan", plan, "--grid", "19x13x18", "--density", 0.2, "--out", out, "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["grid"] == "19x13x18" and "tells what that loses" in words
+    assert numbers["transformer"]["density"] == pytest.approx(0.2, abs=1e-3)
+    made = Plan.from_pretrained(out)["transformer"].made
+    assert made["carried_from"] == ["16x13x18"] and not (out / "statistics").exists()
+    masks_alone = Plan.from_pretrained(plan)["transformer"].for_grid(Grid(19, 13, 18))
+    assert masks_alone.density == pytest.approx(0.4, abs=0.01)
 
 
 def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):

@@ -22,6 +22,7 @@ AT = Calibration(CALIBRATION_PROMPTS[:1], steps=2, at=SMALL)
 CASES = [
     Case("steps", 3, replace(SMALL, steps=3), replace(AT, steps=3), AT),
     Case("resolution", "5x5x9", LARGER, replace(AT, at=LARGER), AT),
+    Case("resolution", "5x5x9, masks alone", LARGER, replace(AT, at=LARGER), AT, masks_alone=True),
 ]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,8 +54,9 @@ def found(tmp_path_factory):
 def test_every_case_becomes_a_row_with_both_plans_at_one_density(found):
     rows = json.loads(found.read_text())["rows"]
     assert [(row["axis"], row["value"], row["grid"], row["steps"]) for row in rows] == [
-        ("steps", 3, "4x5x7", 3), ("resolution", "5x5x9", "5x5x9", 2),
+        ("steps", 3, "4x5x7", 3), ("resolution", "5x5x9", "5x5x9", 2), ("resolution", "5x5x9, masks alone", "5x5x9", 2),
     ]  # fmt: skip
+    assert rows[1]["psnr"] != rows[2]["psnr"] and rows[1]["psnr_own"] != rows[1]["psnr"]
     for row in rows:
         assert row["clips"] == len(row["psnr"]) == len(row["psnr_own"]) == 2
         assert row["density_own_plan"] == pytest.approx(row["density_executed"], abs=0.06)
@@ -77,7 +79,8 @@ def test_the_cases_are_those_of_the_table():
         if case.axis == "steps":
             assert case.own.steps == case.setting.steps == case.value
         if case.axis == "resolution":
-            assert str(case.setting.grid) == case.value and case.setting.grid != Grid(16, 13, 18)
+            assert case.value == str(case.setting.grid) + ", masks alone" * case.masks_alone
+            assert case.setting.grid != Grid(16, 13, 18)
     two, many = (case for case in found if case.axis == "prompt")
     assert (len(two.plan.prompts), len(many.plan.prompts)) == (2, 16) and two.own == many.own
     assert two.own.prompts == EVALUATION_PROMPTS and len(set(many.plan.prompts)) == 16

@@ -137,7 +137,7 @@ class Distillation:
         return found
 
 
-def distil(pipe: Any, settings: Settings, size: Sequence[int] = (FRAMES, HEIGHT, WIDTH)) -> tuple[nn.Module, dict]:
+def distil(pipe: Any, settings: Settings, size: Sequence[int] = (FRAMES, HEIGHT, WIDTH)) -> tuple[Any, dict]:
     """The student's transformer, and how it was made and how good it is."""
     began, work = time.time(), Distillation(pipe, settings, size)
     student, log = work.train()

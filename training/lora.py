@@ -9,7 +9,6 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,8 @@ class Tuned(nn.Module):
 
 
 def fine_tune(
-    pipe: Any, photographs: Tensor, settings: Settings, size: Sequence[int] = (FRAMES, HEIGHT, WIDTH)
-) -> tuple[nn.Module, dict]:
+    pipe: Any, photographs: Tensor, settings: Settings, size: tuple[int, int, int] = (FRAMES, HEIGHT, WIDTH)
+) -> tuple[Any, dict]:
     """The transformer with the LoRA merged, and how it was made and what it learnt."""
     from peft import LoraConfig
 
@@ -62,7 +61,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(adapted, lr=settings.rate, weight_decay=0.0)
     for step in range(settings.steps):
         words = draw_words(settings.batch, generator)
-        clips = render(words, negatives, tuple(size), generator)
+        clips = render(words, negatives, size, generator)
         uniform = torch.rand(settings.batch, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = denoising_loss(model, clips, words.ids(), uniform, generator)

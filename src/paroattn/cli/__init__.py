@@ -11,10 +11,10 @@ from typing import Any
 
 from .arguments import parser
 from .doctor import examine
+from .evaluation import evaluate
+from .inputs import call_of, pipeline_of, plan_of, prompt_of, prompts_of
 from .terminal import console, end, plan_table, say, say_summary, stages, steps
 
-CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
-REPORT_FOLDER = ("report.html", "results.json")
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 
@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"paro {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        left = "the same command goes on from here" if args.command == "calibrate" else "nothing was written"
+        left = (
+            "the same command goes on from here" if args.command in ("calibrate", "evaluate") else "nothing was written"
+        )
         print(f"paro {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
     if args.json:
@@ -64,11 +66,11 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from ..integration.sensitivity import measure_sensitivity
     from ..plan.plan import FOLDER
 
-    prompts, call = _prompts(args), _call(args)
+    prompts, call = prompts_of(args), call_of(args)
     settings = _plan_settings(args)
     capture = needed_by(settings, block=_block(args.block), row_stride=args.row_stride)
     check_writable(args.out, FOLDER)
-    pipe = _pipeline(args)
+    pipe = pipeline_of(args)
     settings = replace(settings, precision=args.precision or own_precision(pipe))
     journal = unfinished(args.out)
     if journal.exists():
@@ -92,34 +94,46 @@ def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Make another plan from the statistics of a calibration, without running the model; or carry one to a grid."""
+    """Make another plan from the statistics of a calibration, without running the model, also for another grid."""
+    from ..capture.regrid import regridded
     from ..files import check_writable
+    from ..grid import Grid
     from ..integration.calibrate import load_statistics
     from ..plan.plan import FOLDER, STATISTICS, Plan
+    from ..plan.search import make_plan
 
     settings = _plan_settings(args)
-    if args.grid is not None:
-        return _carry(args, settings)
+    grid = None if args.grid is None else Grid.parse(args.grid)
     check_writable(args.out, FOLDER)
+    if grid is not None and not (args.plan / STATISTICS).is_dir():
+        return _carry(args, settings, grid)
     measured = load_statistics(args.plan / STATISTICS)
     if not args.precision:
         layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
         settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
-    return _write_plan(measured, settings, args.out)
+    if grid is None:
+        return _write_plan(measured, settings, args.out)
+    plan = Plan({name: make_plan(regridded(each, grid), settings) for name, each in measured.items()})
+    return _carried(plan, args)
 
 
-def _carry(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """Write a plan for another grid, the same in everything else."""
-    from ..files import check_writable
-    from ..grid import Grid
-    from ..plan.plan import FOLDER, Plan
+def _carry(args: argparse.Namespace, settings: Any, grid: Any) -> dict[str, Any]:
+    """Write a plan for another grid from its masks alone, the same in everything else."""
+    from ..plan.plan import Plan
     from ..plan.search import PlanSettings
 
-    grid = Grid.parse(args.grid)
+    plan = Plan.from_pretrained(args.plan)
     if settings != PlanSettings():
-        raise ValueError("--grid carries the plan as it is; make the plan you want first, then carry it")
-    check_writable(args.out, FOLDER)
-    plan = Plan.from_pretrained(args.plan).for_grid(grid)
+        raise ValueError(
+            f"{args.plan} has no statistics, from which another plan could be made; got more than --grid, which "
+            "carries the masks as they are. Leave out the rest, or calibrate."
+        )
+    say(f"{args.plan} has no statistics: masks alone carry badly, see what they lose with paro evaluate")
+    return _carried(plan.for_grid(grid), args)
+
+
+def _carried(plan: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Write a plan that nobody has measured where it is for."""
     plan.save_pretrained(args.out)
     end(args.out, f"paro evaluate MODEL --plan {args.out} --prompts prompts.txt --out report/ tells what that loses")
     return _describe(plan)
@@ -173,9 +187,9 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     check_clip_path(args.out)
     if args.dense and (args.plan or args.precision or args.allow_dense):
         raise ValueError("--dense runs without a plan; leave out --plan, --precision and --allow-dense")
-    prompt, call = _prompt(args), _call(args)
-    plan = Plan.from_pretrained(_plan_of(args)) if not args.dense else None
-    pipe = _pipeline(args)
+    prompt, call = prompt_of(args), call_of(args)
+    plan = Plan.from_pretrained(plan_of(args)) if not args.dense else None
+    pipe = pipeline_of(args)
     if plan is not None:
         apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
     began = time.perf_counter()
@@ -189,105 +203,6 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     following = f"paro evaluate {args.model}{given} --prompts prompts.txt --out report/"
     end(write_clip(frames, args.out, fps=args.fps), following)
     return {"out": str(args.out), "seconds": seconds, "executed": executed.to_dict() if executed else None}
-
-
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate every prompt dense and with the plan, same seeds, and report the differences."""
-    from ..evaluation.fidelity import evaluate, summarise_metrics
-    from ..evaluation.report import ReportData, environment, write_report
-    from ..files import check_writable, writing_folder
-    from ..integration.apply import apply, dense, report
-    from ..integration.generate import generate_clip
-    from ..plan.plan import Plan
-
-    prompts, call = _prompts(args), _call(args)
-    check_writable(args.out, REPORT_FOLDER)
-    plan = Plan.from_pretrained(_plan_of(args))
-    pipe = _pipeline(args)
-    apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
-    with writing_folder(args.out, REPORT_FOLDER) as folder, steps(args.steps and 2 * len(prompts) * args.steps) as step:
-
-        def generate(prompt: str, seed: int) -> Any:
-            return generate_clip(pipe, prompt, seed, steps=args.steps, on_step=step, **call)
-
-        pairs = list(evaluate(generate, prompts, (args.seed,), dense=partial(dense, pipe)))
-        executed, summary = report(pipe), summarise_metrics([pair.fidelity for pair in pairs])
-        numbers = {
-            "model": args.model,
-            "density": {name: part.density for name, part in plan.items()},
-            "summary": {name: each.to_dict() for name, each in summary.items()},
-            "clips": [pair.record() for pair in pairs],
-            "executed": executed.to_dict(),
-            "environment": environment(_device_of(pipe)),
-        }
-        (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-        data = ReportData(
-            title=f"PAROAttention against dense attention: {args.model}",
-            clips=pairs,
-            plan=plan,
-            execution={"layers": executed.rows()},
-            command=args.words,
-            versions=environment(_device_of(pipe)),
-            fps=args.fps,
-        )
-        write_report(data, folder / "report.html")
-    seconds = {"dense": sum(p.dense_seconds for p in pairs), "sparse": sum(p.sparse_seconds for p in pairs)}
-    say_summary(numbers["summary"], seconds)
-    end(
-        args.out / "report.html",
-        "open it in a browser; for other densities, paro plan PLAN --density 0.2 --out plan20/",
-    )
-    return numbers
-
-
-def _pipeline(args: argparse.Namespace) -> Any:
-    """The bundled pipeline for "demo", or a diffusers pipeline by folder or hub id."""
-    from ..integration.pipelines import default_device, dtype_of, load_pipeline, place, read_arguments
-
-    device = args.device or default_device()
-    if args.model == "demo":
-        from ..demo.pipeline import load_demo
-
-        return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
-    settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype, "pipeline": args.pipeline}
-    load = dict.fromkeys(args.without) | read_arguments(args.load)
-    return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
-
-
-def _device_of(pipe: Any) -> Any:
-    """Where the pipeline computes, which is not where its weights wait if they are offloaded."""
-    return getattr(pipe, "_execution_device", pipe.device)
-
-
-def _plan_of(args: argparse.Namespace) -> Path:
-    """The plan asked for; the bundled model has one of its own."""
-    if args.plan is not None:
-        return args.plan
-    if args.model == "demo":
-        from ..demo.pipeline import PLAN
-
-        return PLAN
-    raise ValueError("--plan is needed, or --dense for dense attention. Make one with paro calibrate.")
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts asked for: those of the file, those given as words, and those given as embeddings."""
-    from ..integration.pipelines import read_embeddings, read_prompts
-
-    prompts = [*(read_prompts(args.prompts) if args.prompts else []), *args.prompt]
-    prompts += map(read_embeddings, args.prompt_embeds)
-    if not prompts:
-        raise ValueError("at least one prompt is needed; give --prompts FILE, --prompt TEXT or --prompt-embeds FILE")
-    return prompts
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    from ..integration.pipelines import read_embeddings
-
-    given = [*([args.prompt] if args.prompt else []), *map(read_embeddings, args.prompt_embeds)]
-    if len(given) != 1:
-        raise ValueError(f"one prompt is needed, as --prompt TEXT or --prompt-embeds FILE; got {len(given)}")
-    return given[0]
 
 
 def _plan_settings(args: argparse.Namespace) -> Any:
@@ -308,16 +223,6 @@ def _block(text: str) -> tuple[int, int]:
     from ..block_mask import parse_block
 
     return parse_block(text)
-
-
-def _call(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call; pictures are read here, before any work."""
-    from ..integration.pipelines import read_arguments, read_file
-
-    call = {name: value for name in CALL_ARGUMENTS if (value := getattr(args, name)) is not None}
-    pictures = [read_file(path) for path in args.image]
-    call |= {"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {}
-    return call | read_arguments(args.set)
 
 
 def _describe(plan: Any) -> dict[str, Any]:
@@ -347,6 +252,6 @@ COMMANDS = {
     "plan": _plan,
     "show": _show,
     "generate": _generate,
-    "evaluate": _evaluate,
+    "evaluate": evaluate,
     "doctor": examine,
 }

@@ -113,7 +113,7 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
     sub.add_argument(
         "--grid", metavar="FxHxW",
-        help="carry the plan as it is to this grid of tokens, without statistics; what that loses is not measured",
+        help="make the plan for this grid of tokens, from statistics of the other; what that loses is not measured",
     )  # fmt: skip
 
 
@@ -161,6 +161,21 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     _prompts_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     _fps_argument(sub)
+    sub.add_argument(
+        "--samples", type=_count, default=1, help="pairs of every prompt, seeds counting up (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME",
+        help="more of them: lpips, clip-score, fvd, vbench, from packages and weights of their own",
+    )  # fmt: skip
+    sub.add_argument(
+        "--against", type=Path, metavar="REPORT",
+        help="folder of another evaluation with the same prompts and seeds, to compare pair by pair",
+    )  # fmt: skip
+    sub.add_argument(
+        "--timeout", type=_positive, default=1800.0,
+        help="under torchrun, how long all ranks may be silent, in seconds (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _call_arguments(sub: argparse.ArgumentParser) -> None:

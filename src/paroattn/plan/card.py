@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .plan import HUB_ID, Plan, TransformerPlan
-from .regrid import CARRIED
+from .plan import CARRIED, HUB_ID, Plan, TransformerPlan
 
 _UNITS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".4f"), "cosine": ("cosine", ".4f")}
 _CALLED_WITH = ("num_frames", "height", "width")

@@ -34,6 +34,7 @@ FORMATS = {PLAIN: "masks as they are", PACKED: "masks packed"}
 COMPONENTS = ("transformer", "transformer_2")
 STATISTICS = "statistics"
 CARD = "README.md"
+CARRIED = "carried_from"
 FOLDER = (*COMPONENTS, STATISTICS, CARD)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "owner/name"
 HEADER_BYTES = 2**20  # room for names and shapes of the tensors
@@ -142,11 +143,12 @@ class TransformerPlan:
         return phase_at(self.phases, noise_level)
 
     def for_grid(self, grid: Grid) -> "TransformerPlan":
-        """Carry the plan to another resolution or number of frames, without running the model.
+        """Carry the plan to another resolution or number of frames, without running the model or its statistics.
 
-        Every head keeps its order, density and precision; its mask is stretched over the new grid, and every row keeps
-        at least one block. What that loses is not measured: calibrating there is better, and `paro evaluate` tells by
-        how much. The grids that it came from are noted in `made`.
+        Every head keeps its order, density and precision; a block is kept where those with the same offset between
+        query and key were, and every row keeps at least one. Masks alone carry badly: with the statistics that the plan
+        was made from, `paro plan --grid` makes a much better one, and calibrating there the best. What either loses is
+        not measured; `paro evaluate` tells. The grids that it came from are noted in `made`.
 
         Args:
             grid: Size of the video in tokens; the plan's own gives the plan itself.
@@ -244,6 +246,17 @@ class Plan(Mapping[str, TransformerPlan]):
         from .regrid import plan_for_grid
 
         return plan_for_grid(self, grid)
+
+    def digest(self) -> str:
+        """SHA-256 over all that decides what runs; how a plan was made does not enter."""
+        found = hashlib.sha256()
+        for name, plan in self.items():
+            told = (name, plan.model_class, str(plan.grid), vars(plan.text), plan.block, plan.phases)
+            found.update(repr(told).encode())
+            for layer, each in plan.layers.items():
+                found.update(repr((layer, each.orders, each.precision)).encode())
+                found.update(each.mask.bits.cpu().contiguous().numpy().data)
+        return found.hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike, *, evaluation: Mapping[str, Any] | None = None) -> Path:
         """Write the plan as a folder with a model card, all of it or nothing.

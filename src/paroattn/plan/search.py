@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
+from ..capture.regrid import RegriddedStatistics
 from ..grid import ORDERS, check_order
 from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
-from .plan import LayerPlan, TransformerPlan
+from .plan import CARRIED, LayerPlan, TransformerPlan
 from .scores import MASK_SCORES, ORDER_SCORES
 from .threshold import select
 
@@ -126,10 +127,17 @@ def make_plan(
             )
             for layer, kept in masks
         },
-        made={"settings": asdict(settings), "calibration": statistics.made},
+        made={"settings": asdict(settings), "calibration": statistics.made} | _carried(statistics),
         config=statistics.made.get("config"),
         component=statistics.made.get("component"),
     )
+
+
+def _carried(statistics: Statistics) -> dict[str, list[str]]:
+    """The grid that was measured, if it is another than the plan's."""
+    if not isinstance(statistics, RegriddedStatistics):
+        return {}
+    return {CARRIED: [str(statistics.measured.layout.grid)]}
 
 
 def predicted_error(statistics: Statistics, plan: TransformerPlan, settings: PlanSettings) -> Tensor:
