@@ -11,7 +11,7 @@ from scaling import modelled_ms
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md", "docs/several-gpus.md")
+PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md", "docs/several-gpus.md", "docs/transfer.md")
 CONTESTANTS = (
     *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
     ("sage2", 1.0),
@@ -23,6 +23,7 @@ COMPARED = (
     "dense", "paroattn", "none", "paper", "local-window", "spatial-temporal", "radial", "dynamic-topk",
     "dynamic-topk+reorder", "oracle", "oracle+reorder",
 )  # fmt: skip
+TRANSFERRED = ("prompt", "seed", "steps", "guidance", "finetune", "resolution")
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 RULE = ("order_score", "mask_score", "budget", "sensitivity")
@@ -157,6 +158,46 @@ def paired(psnr: list[float | None], ours: list[float | None]) -> str:
 def decibels(difference: float) -> str:
     """With its sign, and a minus that is one."""
     return f"{difference:+.1f}".replace("-", "−")
+
+
+def transfer() -> str:
+    """One plan elsewhere beside a plan calibrated there: one line per place and density."""
+    rows = rows_of("transfer")
+    if not rows:
+        return NOTHING
+    rows = sorted(rows, key=lambda row: -row["density_target"])
+    rows = [row for axis in TRANSFERRED for row in rows if row["axis"] == axis]
+    head = ["used at, density", "executed", "PSNR, dB", "worst clip", "calibrated there", "which gains, clip by clip"]
+    text = table(head, [transfer_cells(row) for row in rows])
+    text += (
+        f"\nBundled model in bf16, {rows[0]['clips']} clips of prompts that the plan has not seen, each against its "
+        "own dense clip; both plans execute the same density there. PSNR over clips, in brackets 95 % of Student's t. "
+        f"{where(rows)}.\n"
+    )
+    two, many = (
+        {row["density_target"]: row["psnr"] for row in rows if row["value"] == f"calibrated on {count}"}
+        for count in (2, 16)
+    )
+    gains = {
+        density: sum(there - here for there, here in zip(many[density], two[density], strict=True)) / len(two[density])
+        for density in two
+        if density in many
+    }
+    if gains:
+        said = ", ".join(f"at {density:g} {gain:.2f} dB" for density, gain in gains.items())
+        text += f"\nWhat a plan gains from 16 prompts instead of two: {said}.\n"
+    return text
+
+
+def transfer_cells(row: dict) -> list[str]:
+    """A line of the table on transfer."""
+    low, high = row["loss_interval"]
+    return [
+        f"{row['axis']}: {row['value']}, {row['density_target']:g}",
+        f"{row['density_executed']:.3f}",
+        *(f"{row[name]:.1f}" for name in ("psnr_mean", "psnr_min", "psnr_own_plan")),
+        f"{row['loss_mean']:.2f} [{low:.2f}, {high:.2f}]",
+    ]
 
 
 def attention() -> str:
@@ -532,6 +573,7 @@ NOTHING = "Not measured yet.\n"
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "comparison": comparison,
+    "transfer": transfer,
     "attention": attention,
     "numerics": numerics,
     "attention-gpu": attention_gpu,

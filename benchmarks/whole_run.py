@@ -100,7 +100,7 @@ def embeddings(model: Architecture, device: torch.device, dtype: torch.dtype) ->
     return Prompt("random", prompt_embeds=prompt, negative_prompt_embeds=negative)
 
 
-def video_size(model: Architecture) -> dict[str, int]:
+def video_size(model: Architecture) -> dict[str, Any]:
     """Arguments of the pipeline's call that give the architecture's grid."""
     frames, height, width = model.grid
     return {

@@ -8,6 +8,7 @@ from PIL import Image, ImageChops
 
 from paroattn.cli import main
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+from paroattn.grid import Grid
 from paroattn.plan.plan import Plan
 
 FAST = ["--guidance-scale", "1", "--steps", "2"]
@@ -105,6 +106,18 @@ def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):
         paro("plan", plan, "--density", 0.3, "--error", 0.1, "--out", tmp_path / "plan")
 
 
+def test_plan_from_statistics_is_for_another_grid_at_another_density(plan, tmp_path, capsys):
+    out = tmp_path / "longer"
+    assert paro("plan", plan, "--grid", "19x13x18", "--density", 0.2, "--out", out, "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["grid"] == "19x13x18" and "tells what that loses" in words
+    assert numbers["transformer"]["density"] == pytest.approx(0.2, abs=1e-3)
+    made = Plan.from_pretrained(out)["transformer"].made
+    assert made["carried_from"] == ["16x13x18"] and not (out / "statistics").exists()
+    masks_alone = Plan.from_pretrained(plan)["transformer"].for_grid(Grid(19, 13, 18))
+    assert masks_alone.density == pytest.approx(0.4, abs=0.01)
+
+
 def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):
     assert paro("show", plan, "--html", tmp_path / "plan.html", "--json") == 0
     numbers, words = said(capsys)
@@ -186,7 +199,26 @@ def _wrong_uses(prompts, plan, tmp_path):
         "budget must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--budget", "all"],
         "phases must end": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--phase-ends", 0.5],
         "precision must be": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--precision", "int5"],
-        "has no argument height": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--height", 64],
+        "has no argument negative_prompt": [
+            "calibrate",
+            "demo",
+            "--prompts",
+            prompts,
+            "--out",
+            out,
+            "--negative-prompt",
+            "blurry",
+        ],
+        "height must be a multiple of 4, 128 at most; got 66": [
+            "calibrate",
+            "demo",
+            "--prompts",
+            prompts,
+            "--out",
+            out,
+            "--height",
+            66,
+        ],
         "neither demo, nor a diffusers model": ["calibrate", tmp_path / "model", "--prompts", prompts, "--out", out],
         "holds no statistics": ["plan", busy, "--out", out],
         "holds no plan": ["show", busy],

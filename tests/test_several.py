@@ -24,7 +24,7 @@ from paroattn.cli import main
 from paroattn.demo.prompt import EVALUATION_PROMPTS
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration.apply import set_noise_level
-from paroattn.integration.ranks import Ranks, digest
+from paroattn.integration.ranks import Ranks
 from paroattn.integration.splits import split_sequence
 from paroattn.kernels.dealing import collect, deal
 from paroattn.plan.plan import PlanError
@@ -369,8 +369,8 @@ def test_plans_that_differ_in_anything_have_other_digests():
         replace(plan, layers={**plan.layers, name: replace(layer, precision=layer.precision[::-1])}),
         replace(plan, layers=dict(reversed(plan.layers.items()))),
     ]
-    assert len({digest(each) for each in (plan, *changed)} | {digest(plan, "int8")}) == 6
-    assert digest(plan, 1) == digest(uneven_plan(), 1)
+    assert len({each.digest() for each in (plan, *changed)} | {plan.digest("int8")}) == 6
+    assert plan.digest(1) == uneven_plan().digest(1)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -115,6 +115,10 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
         help="show density, predicted error and predicted time; also as .html or .json",
     )  # fmt: skip
     sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
+    sub.add_argument(
+        "--grid", metavar="FxHxW",
+        help="make the plan for this grid of tokens, from statistics of the other; what that loses is not measured",
+    )  # fmt: skip
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
@@ -176,6 +180,21 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     _prompts_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     _fps_argument(sub)
+    sub.add_argument(
+        "--samples", type=_count, default=1, help="pairs of every prompt, seeds counting up (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME",
+        help="more of them: lpips, clip-score, fvd, vbench, from packages and weights of their own",
+    )  # fmt: skip
+    sub.add_argument(
+        "--against", type=Path, metavar="REPORT",
+        help="folder of another evaluation with the same prompts and seeds, to compare pair by pair",
+    )  # fmt: skip
+    sub.add_argument(
+        "--timeout", type=_positive, default=1800.0,
+        help="under torchrun, how long all ranks may be silent, in seconds (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _call_arguments(sub: argparse.ArgumentParser) -> None:

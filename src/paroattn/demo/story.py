@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..capture import CaptureSettings
-from ..evaluation.fidelity import Comparison, evaluate, summarise_metrics
+from ..evaluation.fidelity import Comparison, evaluate, summarise_pairs
 from ..evaluation.maps import instructive_maps
 from ..evaluation.report import ReportData, environment, write_report
 from ..files import writing_folder
@@ -142,7 +142,7 @@ def _pairs(pipe: Any, settings: DemoSettings, progress: Progress) -> list[Compar
 def _numbers(
     plan: TransformerPlan, pairs: list[Comparison], seconds: dict[str, float], executed: dict
 ) -> dict[str, Any]:
-    summary = summarise_metrics([pair.fidelity for pair in pairs])
+    summary = summarise_pairs(pairs)
     return {
         "density": plan.density,
         "clips": [pair.record() for pair in pairs],

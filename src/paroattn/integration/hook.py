@@ -250,7 +250,7 @@ class PlanHook(ModelHook):
         if grid != plan.grid:
             return None, self.fall_back(
                 f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {has}",
-                "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
+                f"Calibrate at this resolution, or {_carry(grid)}apply with strict=False to run such calls dense.",
             )
         if text.tokens and text.side != plan.text.side:
             return None, self.fall_back(
@@ -290,6 +290,11 @@ def hook_of(transformer: nn.Module) -> PlanHook | None:
 def gpu_name(device: torch.device) -> str | None:
     """Name of a GPU; None for other devices."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def _carry(grid: Grid | None) -> str:
+    """How to come to this grid without calibrating."""
+    return f"carry the plan there (plan.for_grid, or paro plan --grid {grid}), or " if grid else ""
 
 
 def _forget_children(transformer: nn.Module) -> None:

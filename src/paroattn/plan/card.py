@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .curve import MEANINGS, curve_of
-from .plan import HUB_ID, Plan, TransformerPlan
+from .plan import CARRIED, HUB_ID, Plan, TransformerPlan
 
 _UNITS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".4f"), "cosine": ("cosine", ".4f")}
 _CALLED_WITH = ("num_frames", "height", "width")
@@ -78,12 +78,15 @@ def _usage(model: str | None) -> str:
 
 def _component(name: str, plan: TransformerPlan) -> str:
     call = _calibration(plan).get("call")
-    size = [f"{key} {call[key]}" for key in _CALLED_WITH if isinstance(call, Mapping) and call.get(key) is not None]
+    carried = plan.made.get(CARRIED)
+    known = call if isinstance(call, Mapping) and not carried else {}
+    size = [f"{key} {known[key]}" for key in _CALLED_WITH if known.get(key) is not None]
     formats = Counter(each for layer in plan.layers.values() for heads in layer.precision for each in heads)
     rows = {
         "model": plan.model_class,
         "self-attentions": f"{len(plan.layers)} of {plan.heads} heads × {plan.head_dim}",
         "grid": f"{plan.grid} tokens (frames × height × width), {plan.grid.tokens} in all",
+        "carried over from": f"{carried[-1]} tokens; what that loses was not measured" if carried else None,
         "pipeline called with": ", ".join(size) or None,
         "text in the sequence": f"{plan.text.tokens} tokens, {plan.text.side}" if plan.text.tokens else "none",
         "block": f"{plan.block[0]} query × {plan.block[1]} key tokens",

@@ -1,6 +1,7 @@
 """The plan: order, block mask and precision of every head, with the model and grid they belong to."""
 
 import copy
+import hashlib
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from ..precision import Precision
 COMPONENTS = ("transformer", "transformer_2")
 STATISTICS = "statistics"
 CARD = "README.md"
+CARRIED = "carried_from"
 FOLDER = (*COMPONENTS, STATISTICS, CARD)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "owner/name"
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*")
@@ -128,6 +130,33 @@ class TransformerPlan:
         """Index of the phase that a noise level belongs to."""
         return phase_at(self.phases, noise_level)
 
+    def for_grid(self, grid: Grid) -> "TransformerPlan":
+        """Carry the plan to another resolution or number of frames, without running the model or its statistics.
+
+        Every head keeps its order, density and precision; a block is kept where those with the same offset between
+        query and key were, and every row keeps at least one. Masks alone carry badly: with the statistics that the plan
+        was made from, `paro plan --grid` makes a much better one, and calibrating there the best. What either loses is
+        not measured; `paro evaluate` tells. The grids that it came from are noted in `made`.
+
+        Args:
+            grid: Size of the video in tokens; the plan's own gives the plan itself.
+
+        Returns:
+            A plan for that grid.
+        """
+        from .regrid import for_grid
+
+        return for_grid(self, grid)
+
+    def digest(self, *settings: Any) -> str:
+        """SHA-256 over all that decides what runs, and settings beside it; how a plan was made does not enter."""
+        size = self.heads, self.head_dim, str(self.grid), vars(self.text), self.block
+        found = hashlib.sha256(repr((self.model_class, size, self.phases, settings)).encode())
+        for name, layer in self.layers.items():
+            found.update(repr((name, layer.orders, layer.precision)).encode())
+            found.update(layer.mask.bits.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
     @property
     def config_sha256(self) -> str | None:
         """SHA-256 of the calibrated model's configuration, None if unknown."""
@@ -209,6 +238,16 @@ class Plan(Mapping[str, TransformerPlan]):
 
     def __len__(self) -> int:
         return len(self._components)
+
+    def for_grid(self, grid: Grid) -> "Plan":
+        """Carry every transformer's plan to another grid, see `TransformerPlan.for_grid`."""
+        from .regrid import plan_for_grid
+
+        return plan_for_grid(self, grid)
+
+    def digest(self) -> str:
+        """SHA-256 over all that decides what runs; how a plan was made does not enter."""
+        return hashlib.sha256(repr([(name, plan.digest()) for name, plan in self.items()]).encode()).hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike, *, evaluation: Mapping[str, Any] | None = None) -> Path:
         """Write the plan as a folder with a model card, all of it or nothing.

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
+from ..capture.regrid import RegriddedStatistics
 from ..grid import ORDERS, check_order
 from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
 from .cost import Call, TimeUnknown
 from .curve import Curve, Prices, described
-from .plan import LayerPlan, TransformerPlan
+from .plan import CARRIED, LayerPlan, TransformerPlan
 from .scores import MASK_SCORES, ORDER_SCORES
 from .threshold import select, tally
 from .workloads import known_model
@@ -157,7 +158,7 @@ def make_plan(
             )
             for layer, kept in draft.masks()
         },
-        made=made,
+        made=made | _carried(statistics),
         config=statistics.made.get("config"),
         component=statistics.made.get("component"),
     )
@@ -239,6 +240,13 @@ def _prices(statistics: Statistics, settings: PlanSettings) -> tuple[Prices | No
         return Prices.of(settings.gpu, layout, call, block, precision, model), why
     except TimeUnknown as unknown:
         return None, str(unknown)
+
+
+def _carried(statistics: Statistics) -> dict[str, list[str]]:
+    """The grid that was measured, if it is another than the plan's."""
+    if not isinstance(statistics, RegriddedStatistics):
+        return {}
+    return {CARRIED: [str(statistics.measured.layout.grid)]}
 
 
 def predicted_error(statistics: Statistics, plan: TransformerPlan, settings: PlanSettings) -> Tensor:
