@@ -7,6 +7,7 @@
     dense       cuDNN's rows of attention_GPU.json and the dense rows of end_to_end_GPU.json
     linear      end_to_end_GPU.json, FLOPs of the linear layers over the time of their kernels
     around      the same rows: what is left of the whole time, by model, eager and compiled
+    launching   rows in which the GPU waits for launches for 30 % of the time; the fits above leave them out
 
 All are least squares of the relative error. `worst` in the output is the largest one over the rows behind each rate.
 """
@@ -21,14 +22,16 @@ from typing import Any
 import torch
 
 from paroattn.block_mask import blocks_of, parse_block
-from paroattn.plan.cost import MODES, Rates, moved_bytes, read_rates
+from paroattn.plan.cost import MODES, Rates, launching, moved_bytes, read_rates
 from paroattn.plan.workloads import Workload
-from predictions import PREDICTED, forward_ms, model_of
+from predictions import forward_ms, model_of, predictable
 from tables import ROOT, rows_of
 
 OUT = ROOT / "src" / "paroattn" / "plan" / "rates.json"
 GPUS = {"h200": "NVIDIA H200"}
 DIGITS = 5
+WAITING = 0.3
+"""Share of a forward without any kernel from which it is launches that take the time."""
 
 
 def fitted(columns: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
@@ -110,8 +113,21 @@ def moved(row: dict) -> float:
 
 def forwards(gpu: str) -> list[tuple[dict, Workload]]:
     """Rows of whole forwards that a profile was taken of, each with its model."""
-    rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"] and row["attention_ms"] and not row["step_cache"]]
-    return [(row, model_of(row)[0]) for row in rows if row["impl"] in PREDICTED]
+    rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"] and row["attention_ms"] and predictable(row)]
+    return [(row, model_of(row)[0]) for row in rows if not waits(row)]
+
+
+def waits(row: dict) -> bool:
+    """Whether the GPU waits for launches for much of a forward."""
+    return bool(row.get("gaps_ms")) and row["gaps_ms"] > WAITING * row["ms"]
+
+
+def launches(gpu: str) -> dict[str, float]:
+    """What a layer takes at least, where the GPU waits."""
+    rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"] and waits(row)]
+    return {
+        launching(MODES[row["compiled"]], row["fp8_linears"]): significant(row["ms"] / row["depth"]) for row in rows
+    }
 
 
 def dense(gpu: str) -> list[dict[str, Any]]:
@@ -188,6 +204,7 @@ def derived(gpu: str) -> dict[str, Any]:
         "linear_tflops": linears(gpu),
         "around_ps": {mode: {"none": 0.0} for mode in MODES},
         "fp8_activations_ps": 0.0,
+        "launching_ms": launches(gpu),
         "copy_tb_per_s": significant(max(row["copy_tb_per_s"] for row in rows_of(f"prepare_{gpu}"))),
     }
     found["around_ps"], found["fp8_activations_ps"] = around(gpu, read_rates(GPUS[gpu], found))

@@ -6,6 +6,7 @@ import pytest
 
 import rates as derivation
 from paroattn.block_mask import parse_block
+from paroattn.evaluation.forecast import predict
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.plan.cost import Call, Kernel, TimeUnknown, gpus, kept_blocks, rates_of
 from paroattn.plan.workloads import WORKLOADS, workload, workload_like
@@ -131,3 +132,13 @@ def test_around_attention_there_are_linear_layers_cross_attention_and_all_else()
     fp8 = H200.around_ms(cog, 1000, fp8_linears=True)
     assert H200.linear_ms(cog, 1000, fp8_linears=True) < H200.linear_ms(cog, 1000) and fp8 < H200.around_ms(cog, 1000)
     assert H200.around_ms(cog, 1000, mode="eager") > 1.5 * H200.around_ms(cog, 1000)
+
+
+def test_a_layer_takes_no_less_than_its_launches_where_that_was_seen():
+    flux = workload("flux")
+    settings = {"block": (128, 128), "fp8_linears": True}
+    small, large = (predict(H200, flux, size, 0.2, ("int8/fp8",), **settings) for size in ("1024", "2048"))
+    assert small.forward_ms("int8/fp8", "compiled") == flux.layers * H200.launching_ms["compiled fp8"]
+    for mode, found in (("eager", small), ("compiled", large)):
+        inside = found.sparse_ms["int8/fp8"] + found.around_ms[mode]
+        assert found.forward_ms("int8/fp8", mode) == pytest.approx(flux.layers * inside)

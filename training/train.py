@@ -141,7 +141,7 @@ def train(args: argparse.Namespace) -> None:
     began = time.time() - before
     for step in range(start, args.steps):
         words = draw_words(args.batch, generator)
-        clips = render(words, photographs, tuple(args.size), generator)
+        clips = render(words, photographs, args.size, generator)
         dropped = torch.rand(args.batch, generator=generator, device=device) < UNCONDITIONAL
         ids = words.ids().masked_fill(dropped[:, None], 0)
         uniform = (
@@ -220,4 +220,6 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=Path, help="pipeline folder with the weights to start from")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     parser.add_argument("--out", type=Path, default=Path("run"))
-    train(parser.parse_args())
+    args = parser.parse_args()
+    args.size = tuple(args.size)
+    train(args)

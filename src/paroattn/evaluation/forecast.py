@@ -7,7 +7,7 @@ that is packaged, scaled by what dense attention, one matrix product and one cop
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..block_mask import BlockMask, blocks_of
 from ..grid import ORDERS, Layout
 from ..kernels.attention import attention
-from ..plan.cost import MODES, Call, Kernel, Kind, Rates, formats_of, gpus, kept_blocks, rates_of
+from ..plan.cost import MODES, Call, Kernel, Kind, Rates, formats_of, gpus, kept_blocks, launching, rates_of
 from ..plan.workloads import Workload
 
 LEAST_ROUNDS = 3
@@ -40,6 +40,7 @@ class Forecast:
         dense_ms: Dense self-attention of one layer, of the whole batch.
         sparse_ms: The same by block masks, whole call, by precision.
         around_ms: Everything in a layer but its self-attention, by mode.
+        least_ms: What launching a layer takes, by mode, where that is known to matter.
     """
 
     model: Workload
@@ -49,6 +50,7 @@ class Forecast:
     dense_ms: float
     sparse_ms: Mapping[str, float]
     around_ms: Mapping[str, float]
+    least_ms: Mapping[str, float] = field(default_factory=dict)
 
     def attention_share(self, mode: str) -> float:
         """Share of a dense forward that is self-attention."""
@@ -57,7 +59,7 @@ class Forecast:
     def forward_ms(self, precision: str | None, mode: str) -> float:
         """One forward of the transformer; no precision is dense."""
         inside = self.dense_ms if precision is None else self.sparse_ms[precision]
-        return self.model.layers * (inside + self.around_ms[mode])
+        return self.model.layers * max(inside + self.around_ms[mode], self.least_ms.get(mode, 0.0))
 
     def speed_up(self, precision: str, mode: str) -> float:
         """Of one forward, dense time over sparse time."""
@@ -117,6 +119,7 @@ def predict(
         {each: rates.sparse_ms(call, kept, block, each) for each in precisions},
         {mode: rates.around_ms(model, layout.tokens, model.batch, mode=mode, fp8_linears=fp8_linears)
          for mode in MODES},
+        {mode: rates.launching_ms.get(launching(mode, fp8_linears), 0.0) for mode in MODES},
     )  # fmt: skip
 
 

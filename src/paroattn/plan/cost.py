@@ -70,6 +70,8 @@ class Rates:
             waiting) for each token, channel and layer.
         fp8_activations_ps: What quantising activations for FP8 weights adds to that.
         copy_tb_per_s: Bytes read and written by a copy.
+        launching_ms: What launching one layer's kernels takes, below which a layer cannot be, by mode and format of the
+            linear layers, such as "compiled fp8"; only where a GPU was seen to wait for it.
     """
 
     gpu: str
@@ -81,6 +83,7 @@ class Rates:
     around_ps: Mapping[str, Mapping[str, float]]
     fp8_activations_ps: float
     copy_tb_per_s: float
+    launching_ms: Mapping[str, float]
 
     def dense_ms(self, call: Call, keys: int | None = None) -> float:
         """Dense attention in 16 bits, the fastest of the GPU's libraries."""
@@ -217,6 +220,11 @@ def kept_blocks(layout: Layout, block: tuple[int, int], density: Iterable[float]
     return [rows * columns - inside * (1 - each) for each in density]
 
 
+def launching(mode: str, fp8_linears: bool) -> str:
+    """Key of `Rates.launching_ms`."""
+    return f"{mode} {'fp8' if fp8_linears else 'bf16'}"
+
+
 def gpus() -> tuple[str, ...]:
     """Names of the GPUs whose rates are packaged."""
     return tuple(_packaged())
@@ -255,6 +263,7 @@ def read_rates(gpu: str, described: Mapping[str, Any]) -> Rates:
     dense = {each["head_dim"]: (each["pair_ps"], each["octave_ps"]) for each in described["dense"]}
     names = (
         "prepare_ms", "byte_ps", "linear_tflops", "around_ps", "fp8_activations_ps", "copy_tb_per_s",
+        "launching_ms",
     )  # fmt: skip
     return Rates(gpu=gpu, kernels=kernels, dense=dense, **{name: described[name] for name in names})
 
