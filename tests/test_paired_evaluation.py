@@ -353,7 +353,7 @@ def test_without_anyone_to_stop_it_rank_0_gives_up_when_the_group_has_been_silen
     group = Ranks(0, 2, timeout=20)
     with pytest.raises(RuntimeError, match=r"pair 1 \(2 are missing\).*for 20 s\. Finished pairs are kept"):
         group.wait(range(4), lambda: {0} if len(ticks) < 12 else {0, 3}, lambda: ticks.append(1))
-    assert len(ticks) > 20
+    assert len(ticks) > 28  # the wait began anew when pair 3 came
 
 
 def test_ranks_share_what_is_left_and_refuse_to_disagree(monkeypatch):
