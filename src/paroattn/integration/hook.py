@@ -50,6 +50,7 @@ class PlanHook(ModelHook):
         grids: Calls by grid.
         replaced: Layers whose processor someone else has taken away.
         dense_depth: How many `paroattn.dense` are open.
+        presence: Given to every call, see `Call`; `call` then outlives it, since a backward pass may run layers again.
     """
 
     _is_stateful = True
@@ -74,6 +75,7 @@ class PlanHook(ModelHook):
         self.grids: Counter[str] = Counter()
         self.replaced: list[str] = []
         self.dense_depth = 0
+        self.presence: Any = None
         self._thread: int | None = None
         self._signature = inspect.signature(type(transformer).forward)
         self._warned: set[str] = set()
@@ -134,7 +136,7 @@ class PlanHook(ModelHook):
         self._notice_replaced()
         phase, reason = self._decide(grid, has, text, noise_level)
         layout = Layout(grid, text) if grid else None
-        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
+        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer, self.presence)
         if layout is not None and phase is not None:
             self._follow(phase, layout, next(x.device for x in arguments.values() if isinstance(x, Tensor)))
         self.calls["sparse" if reason is None else reason] += 1
@@ -143,7 +145,8 @@ class PlanHook(ModelHook):
     @_eager
     def after(self, *_: Any) -> None:
         if self._thread == threading.get_ident():  # a call that was refused ends here too
-            self.call = self._thread = None
+            self._thread = None
+            self.call = self.call if self.presence else None
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.schedule.reset()
