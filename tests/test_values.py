@@ -65,15 +65,12 @@ def off(before, after) -> dict:
 
 def place(plan, kept: bool, phase: int, largest: bool):
     """The kept or dropped block of a phase with the largest or smallest prediction."""
-    best = None
+    found = {}
     for name in LAYERS:
         score = predicted(name, phase)
         mine = (kept_of(plan, name, phase) == kept) & score.isfinite()
-        for at in mine.nonzero().tolist():
-            value = float(score[tuple(at)])
-            if best is None or (value > best[0]) == largest:
-                best = (value, (name, phase, *at))
-    return best[1]
+        found |= {(name, phase, *at): float(score[tuple(at)]) for at in mine.nonzero().tolist()}
+    return (max if largest else min)(found, key=found.__getitem__)
 
 
 def test_masks_stay_where_the_prediction_was_right():

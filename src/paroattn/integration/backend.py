@@ -187,6 +187,7 @@ def attend(
         key, value = _real_text_first(layout, attn_mask, key, value)
     operands = layer.operands_on(query.device)
     if call.presence is not None:
+        assert call.phase is not None
         return attention_with_presence(
             query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
             table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
