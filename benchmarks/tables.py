@@ -473,11 +473,11 @@ def roofline_cells(row: dict, dense: dict, whole: dict | None) -> list[str]:
     kept = 1 / (1 - share * (1 - row["density_executed"]))
     rest = row["other_ms"] + row["idle_ms"]
     parts = [each / row["ms"] for each in (row["attention_ms"], row["prepare_ms"], row["linear_ms"], rest)]
-    added = (rest - dense["other_ms"] - dense["idle_ms"]) / row["ms"]
     return [
         f"{share:.0%}", f"{kept:.2f}×", f"{free:.2f}×", f"{reached:.2f}×", f"{reached / free:.0%}",
         *(f"{part:.1%}" if part < 0.1 else f"{part:.0%}" for part in parts),
-        f"{added:.1%}", f"{abs(row['ms'] / whole['ms'] - 1):.1%}" if whole else "–",
+        "–" if row["overhead"] is None else f"{row['overhead']:.1%}",
+        f"{abs(row['ms'] / whole['ms'] - 1):.1%}" if whole else "–",
     ]  # fmt: skip
 
 

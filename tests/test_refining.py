@@ -12,7 +12,7 @@ from tiny_models import LATENTS, TinyPipeline, tiny_wan, wan_inputs
 from paroattn.capture import CaptureSettings
 from paroattn.integration.apply import apply, dense, hook_of, remove, set_noise_level
 from paroattn.integration.calibrate import collect
-from paroattn.integration.refining import Refinement, _recording, refine
+from paroattn.integration.refining import Refinement, _recording, _Seen, refine
 from paroattn.plan.plan import Plan
 from paroattn.plan.search import PlanSettings, make_plan
 
@@ -140,6 +140,17 @@ def test_each_expert_is_refined_by_its_own_calls():
     assert set(new) == {"transformer", "transformer_2"}
     both = [not same(Plan({name: plan[name]}), Plan({name: new[name]})) for name in plan]
     assert both == [True, True]
+
+
+def test_a_phase_without_an_error_teaches_nothing():
+    seen = _Seen(2, 3)
+    for phase, error in ((0, 0.0), (1, 4.0)):
+        for _ in range(2):
+            seen.note("a", phase, torch.full((2, 1, 5, 7), 3.0))  # text beyond 2×3 blocks of video
+        seen.errors[phase] = error
+    found = seen.relative()
+    assert list(found) == [("a", 1)] and found["a", 1].shape == (1, 2, 3)
+    assert (found["a", 1] == 2 * 2 * 3.0 / 4.0).all()
 
 
 def test_progress_counts_clips(made):
