@@ -11,7 +11,9 @@ from scaling import modelled_ms
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md", "docs/several-gpus.md", "docs/transfer.md")
+PAGES = (
+    "README.md", "docs/method.md", "docs/benchmarks.md", "docs/quality.md", "docs/several-gpus.md", "docs/transfer.md",
+)  # fmt: skip
 CONTESTANTS = (
     *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
     ("sage2", 1.0),
@@ -27,6 +29,7 @@ TRANSFERRED = ("prompt", "seed", "steps", "guidance", "finetune", "resolution")
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 RULE = ("order_score", "mask_score", "budget", "sensitivity")
+DEFAULT = (("output_error", "output_error", "layer_normalised", "phases"), "six+tiles")
 RULE_NAMES = {
     ("none", "mass", "global", "none"): "no reorder, mass, one threshold",
     ("none", "mass", "per_head", "none"): "no reorder, mass, per head",
@@ -40,7 +43,7 @@ RULE_NAMES = {
     ("output_error", "output_error", "per_head", "none"): "output error, per head",
     ("output_error", "output_error", "layer_normalised", "none"): "output error, layer-normalised",
     ("output_error", "output_error", "layer_normalised", "layers"): "output error, weighed by phase and layer",
-    ("output_error", "output_error", "layer_normalised", "phases"): "**output error, weighed by phase (default)**",
+    ("output_error", "output_error", "layer_normalised", "phases"): "output error, weighed by phase",
 }
 
 
@@ -84,7 +87,8 @@ def fidelity() -> str:
                     else "–"
                     for d in densities
                 ]
-                lines.append([name + (" + tiles" if orders != "six" else ""), *cells])
+                full = name + (" + tiles" if orders != "six" else "")
+                lines.append([f"**{full} (default)**" if (rule, orders) == DEFAULT else full, *cells])
     first = sparse[0]
     text = table(["PSNR against dense, dB: mean ± spread, worst clip", *(f"density {d:g}" for d in densities)], lines)
     text += (
@@ -133,6 +137,77 @@ def comparison() -> str:
             f"blocks of {first['block']}, {first['precision']}. In brackets 95 % of Student's t. {where(mine)}.\n\n"
         )
     return text.removesuffix("\n") or NOTHING
+
+
+def quality() -> str:
+    """Ideas for better plans: what was expected, held-out and evaluation clips, and the difference to the default."""
+    rows = rows_of("quality_experiments")
+    text = ""
+    for series in sorted({row["series"] for row in rows}):
+        mine = [row for row in rows if row["series"] == series]
+        found = {(row["method"], row["density_target"], row["prompts"]): row for row in mine}
+        lines = []
+        for method, density in dict.fromkeys((row["method"], row["density_target"]) for row in mine):
+            both = [found.get((method, density, prompts)) for prompts in ("held-out", "evaluation")]
+            base = [found.get(("paroattn-tiles", density, prompts)) for prompts in ("held-out", "evaluation")]
+            row = next(row for row in both if row)
+            cells = [quality_cell(one, other) for one, other in zip(both, base, strict=True)]
+            worst = f"{both[1]['psnr_min']:.1f}" if both[1] else "–"
+            idea = f"{row['idea']} ({row['method'].removeprefix('paroattn-')}), {density:g}"
+            lines.append([idea, row["predicted"] or "–", *cells, worst])
+        head = ["idea (method), density", "expected", "held-out, dB", "evaluation, dB", "worst of evaluation"]
+        notes = {row["note"].rpartition("; ")[2] for row in mine}
+        text += table(head, lines) + f"\nSeries {series}, {', '.join(sorted(notes))}. {where(mine)}.\n\n"
+    return text.removesuffix("\n") or NOTHING
+
+
+def quality_cell(row: dict | None, base: dict | None) -> str:
+    """Mean PSNR, and the difference to another plan on the same clips where they are known one by one."""
+    if row is None:
+        return "–"
+    if base is None or base is row:
+        return f"{row['psnr_mean']:.1f}"
+    if row["psnr"] is None or base["psnr"] is None:
+        return f"{row['psnr_mean']:.1f}, {decibels(row['psnr_mean'] - base['psnr_mean'])}"
+    return f"{row['psnr_mean']:.1f}, {paired(row['psnr'], base['psnr'])}"
+
+
+def layouts() -> str:
+    """Predicted error of what is dropped with other candidates, over that with the six axis orders."""
+    rows = [row for row in rows_of("quality_predictions") if row["kind"] == "candidates"]
+    densities = sorted({row["density"] for row in rows}, reverse=True)
+    found = {(row["name"], row["density"]): f"{row['relative_error']:.3f}" for row in rows}
+    lines = [[name, *(found[name, d] for d in densities)] for name in dict.fromkeys(row["name"] for row in rows)]
+    head = ["candidates", *(f"density {d:g}" for d in densities)]
+    return (
+        table(head, lines) + f"\nError that is predicted of dropped blocks, over that with six orders. {where(rows)}.\n"
+    )
+
+
+def joint() -> str:
+    """What a layer's dropped blocks err together, over the sum of what each errs alone."""
+    rows = [row for row in rows_of("quality_predictions") if row["kind"] == "joint error"]
+    lines = [
+        [
+            f"{row['name']}, {row['noise_level']:g}",
+            f"{row['over_sum']:.1f}",
+            f"{min(x for x in row['over_sum_by_head'] if x is not None):.1f} … "
+            f"{max(x for x in row['over_sum_by_head'] if x is not None):.1f}",
+            f"{row['over_coherent']:.2f}",
+            f"{row['over_heads']:.2f}",
+            f"{row['dropped_mass']:.2f}",
+        ]
+        for row in rows
+    ]
+    head = [
+        "layer, noise level",
+        "error over ΣE",
+        "of single heads",
+        "over (Σ√E)²",
+        "of all heads over their sum",
+        "dropped mass",
+    ]
+    return table(head, lines) + f"\nDensity 0.3, one clip of a calibration prompt, guided branch. {where(rows)}.\n"
 
 
 def comparison_cells(row: dict, ours: dict | None) -> list[str]:
@@ -574,6 +649,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "comparison": comparison,
     "transfer": transfer,
+    "quality": quality,
+    "layouts": layouts,
+    "joint": joint,
     "attention": attention,
     "numerics": numerics,
     "attention-gpu": attention_gpu,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
@@ -9,6 +10,7 @@ from PIL import Image, ImageChops
 from paroattn.cli import main
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.grid import Grid
+from paroattn.integration.refining import Refinement
 from paroattn.plan.plan import Plan
 
 FAST = ["--guidance-scale", "1", "--steps", "2"]
@@ -116,6 +118,26 @@ def test_plan_from_statistics_is_for_another_grid_at_another_density(plan, tmp_p
     assert made["carried_from"] == ["16x13x18"] and not (out / "statistics").exists()
     masks_alone = Plan.from_pretrained(plan)["transformer"].for_grid(Grid(19, 13, 18))
     assert masks_alone.density == pytest.approx(0.4, abs=0.01)
+
+
+def test_refine_hands_over_the_plan_its_statistics_and_the_prompts(plan, prompts, tmp_path, capsys, monkeypatch):
+    handed: dict[str, Any] = {}
+
+    def refine(pipe, plan, measured, prompts, **settings):
+        settings["progress"](1.0)
+        handed.update(settings, pipe=type(pipe).__name__, plan=plan, measured=measured, prompts=prompts)
+        return Plan({name: replace(part, made={**part.made, "refined": {}}) for name, part in plan.items()})
+
+    monkeypatch.setattr("paroattn.integration.refining.refine", refine)
+    words = ["refine", "demo", "--plan", plan, "--prompts", prompts, "--out", tmp_path / "new", "--rounds", 3]
+    assert paro(*words, "--clips", 2, "--keep-activations", "--steps", 5, "--guidance-scale", 1.5, "--seed", 7) == 0
+    assert handed["prompts"] == [CALIBRATION_PROMPTS[0]] and handed["pipe"] == "DemoPipeline"
+    assert handed["refinement"] == Refinement(3, 2, checkpointing=False)
+    assert (handed["steps"], handed["seed"], handed["guidance_scale"]) == (5, 7, 1.5)
+    assert handed["measured"]["transformer"].layers.keys() == handed["plan"]["transformer"].layers.keys()
+    assert Plan.from_pretrained(tmp_path / "new")["transformer"].made["refined"] == {}
+    assert "next: paro show" in said(capsys)[1]
+    assert paro("plan", tmp_path / "new", "--density", 0.2, "--out", tmp_path / "again") == 0  # statistics came along
 
 
 def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):

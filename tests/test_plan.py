@@ -11,7 +11,8 @@ from paroattn.block_mask import BlockMask
 from paroattn.capture import BlockStats, CaptureSettings, Statistics
 from paroattn.capture.maps import TENSORS
 from paroattn.files import writing_folder
-from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.grid import CANDIDATES, Grid, Layout, TextSpan
+from paroattn.integration.calibrate import needed_by
 from paroattn.phases import Phase, phase_at, phases_of
 from paroattn.plan.packing import pack, unpack
 from paroattn.plan.plan import FOLDER, LayerPlan, Plan, PlanError, TransformerPlan
@@ -148,8 +149,18 @@ def test_each_order_score_picks_the_order_it_says():
 def test_orders_outside_the_candidates_are_not_chosen():
     plan = make_plan(_statistics(), PlanSettings(0.5, orders=("FHW", "HWF")))
     assert {order for layer in plan.layers.values() for order in layer.orders} <= {"FHW", "HWF"}
-    with pytest.raises(ValueError, match="must hold the orders FHW"):
-        make_plan(_statistics(orders=("FHW",)), PlanSettings(0.5))
+    with pytest.raises(ValueError, match="must hold the orders FHW, HWF; got FHW"):
+        make_plan(_statistics(orders=("FHW",)), PlanSettings(0.5, orders=("FHW", "HWF")))
+
+
+def test_without_candidates_all_measured_orders_are_some():
+    measured = ("FHW", "2x2x3")
+    plan = make_plan(_statistics(orders=measured), PlanSettings(0.5))
+    assert {order for layer in plan.layers.values() for order in layer.orders} <= set(measured)
+    chosen = [PlanSettings(order_score=score).orders for score in ("none", "output_error")]
+    assert chosen == [None, None]
+    captured = [needed_by(PlanSettings(order_score=score)).orders for score in ("none", "output_error")]
+    assert captured == [("FHW",), CANDIDATES]
 
 
 @pytest.mark.parametrize(

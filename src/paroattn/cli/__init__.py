@@ -167,18 +167,45 @@ def _unmeasured(out: Path) -> str:
     return f"paro evaluate MODEL --plan {out} --prompts prompts.txt --out report/ tells what that loses"
 
 
+def _refine(args: argparse.Namespace) -> dict[str, Any]:
+    """Choose the masks of a plan anew by the error that the model really makes with it."""
+    from ..files import check_writable
+    from ..integration.calibrate import load_statistics
+    from ..integration.refining import Refinement, refine
+    from ..plan.plan import FOLDER, STATISTICS, Plan
+
+    prompts, call = prompts_of(args), call_of(args)
+    refinement = Refinement(args.rounds, args.clips, checkpointing=not args.keep_activations)
+    check_writable(args.out, FOLDER)
+    measured = load_statistics(args.plan / STATISTICS)
+    plan, pipe = Plan.from_pretrained(args.plan), pipeline_of(args)
+    with stages() as stage:
+        refined = refine(
+            pipe, plan, measured, prompts, refinement=refinement, steps=args.steps, seed=args.seed,
+            progress=partial(stage, f"refining with {args.rounds * args.clips} clips"), **call,
+        )  # fmt: skip
+    return _keep(refined, measured, args.out)
+
+
 def _write_plan(measured: dict[str, Any], settings: Any, out: Path, *, carried: bool = False) -> dict[str, Any]:
     """Make a plan and write it, with the statistics it was made from unless those are of another grid."""
-    from ..files import writing_folder
-    from ..integration.calibrate import save_statistics
-    from ..plan.plan import FOLDER, STATISTICS, Plan
+    from ..plan.plan import Plan
     from ..plan.search import make_plan
 
     plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
-    if carried:
-        plan.save_pretrained(out)
-        end(out, _unmeasured(out))
-        return _describe(plan)
+    if not carried:
+        return _keep(plan, measured, out)
+    plan.save_pretrained(out)
+    end(out, _unmeasured(out))
+    return _describe(plan)
+
+
+def _keep(plan: Any, measured: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write a plan with the statistics it was made from."""
+    from ..files import writing_folder
+    from ..integration.calibrate import save_statistics
+    from ..plan.plan import FOLDER, STATISTICS
+
     with writing_folder(out, FOLDER) as folder:
         plan.write(folder)
         save_statistics(measured, folder / STATISTICS)
@@ -266,7 +293,7 @@ def _plan_settings(args: argparse.Namespace) -> Any:
         order_score=args.order_score,
         mask_score=args.mask_score,
         budget=args.budget,
-        orders=tuple(args.orders),
+        orders=tuple(args.orders) if args.orders else None,
         phase_ends=tuple(args.phase_ends or PHASE_ENDS),
         precision=args.precision,
     )
@@ -306,6 +333,7 @@ COMMANDS = {
     "demo": _demo,
     "calibrate": _calibrate,
     "plan": _plan,
+    "refine": _refine,
     "show": _show,
     "generate": _generate,
     "evaluate": evaluate,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..grid import ORDERS, TILES
+from ..grid import CANDIDATES
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -134,9 +134,21 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
     sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")
     sub.add_argument(
-        "--orders", nargs="+", default=list(ORDERS), help=f"candidates, also tiles such as {' '.join(TILES)}"
+        "--orders", nargs="+", help=f"candidate orders (default: {' '.join(CANDIDATES)}; of statistics, all in them)"
     )
     sub.add_argument("--phase-ends", type=float, nargs="+", help="shares of the steps at which phases end")
+
+
+def _refine_arguments(sub: argparse.ArgumentParser) -> None:
+    _prompts_arguments(sub)
+    sub.add_argument("--plan", type=Path, required=True, help="folder that paro calibrate or paro plan wrote")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--steps", type=_count, default=10, help="inference steps of every clip (default: %(default)s)")
+    sub.add_argument("--rounds", type=_count, default=16, help="how often masks are chosen anew (default: %(default)s)")
+    sub.add_argument("--clips", type=_count, default=8, help="clips generated for each round (default: %(default)s)")
+    sub.add_argument(
+        "--keep-activations", action="store_true", help="faster, where memory for a whole backward pass is there"
+    )
 
 
 def _show_arguments(sub: argparse.ArgumentParser) -> None:
@@ -225,6 +237,7 @@ _ARGUMENTS = {
     "demo": (_demo_arguments,),
     "calibrate": (_model_arguments, _calibration_arguments, _plan_arguments, _call_arguments),
     "plan": (_replan_arguments, _plan_arguments),
+    "refine": (_model_arguments, _refine_arguments, _call_arguments),
     "show": (_show_arguments,),
     "generate": (_model_arguments, _run_arguments, _slower_argument, _generate_arguments, _call_arguments),
     "evaluate": (_model_arguments, _run_arguments, _slower_argument, _evaluate_arguments, _call_arguments),

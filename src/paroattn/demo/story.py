@@ -58,7 +58,7 @@ class DemoSettings:
 
     @property
     def plan(self) -> PlanSettings:
-        return PlanSettings(density=self.density)
+        return PlanSettings(density=self.density, orders=self.capture.orders)
 
     @property
     def capture(self) -> CaptureSettings:

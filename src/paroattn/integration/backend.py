@@ -19,6 +19,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
+from ..kernels.presence import attention_with_presence
 from ..kernels.resident import ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
@@ -44,6 +45,8 @@ class Call:
         dense: Why the call runs dense.
         observer: Called as observer(layer name, attention module, q, k, v, layout, call) before each attention, without
             the padding of its text: batch elements with different numbers of real tokens come one after another.
+        presence: If given, the call can be differentiated, and the backward pass calls presence(layer name, phase,
+            sums) with the effect of every block's presence on the loss, (B, H, Nq, Nk), text included.
     """
 
     layout: Layout | None
@@ -52,6 +55,7 @@ class Call:
     phase: int | None = None
     dense: str | None = None
     observer: Observer | None = None
+    presence: Callable[[str, int, Tensor], None] | None = None
 
 
 class Owner(Protocol):
@@ -281,6 +285,14 @@ def _follow(
         text = layout.text_positions
         text = text if operands.places is None else operands.places[text]
         key, value = _real_text_first(layout, attn_mask, text, key, value)
+    call = layer.owner.call
+    if call is not None and call.presence is not None:
+        assert call.phase is not None
+        return attention_with_presence(
+            query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
+            table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
+            valid_text=_valid_text(layout, attn_mask), softmax_scale=scale,
+        )  # fmt: skip
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,
         text_tokens=layout.text.tokens, valid_text=_valid_text(layout, attn_mask),

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..capture import CaptureSettings, Statistics
 from ..files import check_writable, writing_folder
+from ..grid import CANDIDATES
 from ..kernels.attention import OWN_PRECISION
 from ..plan.cost import rates_of
 from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
@@ -147,7 +148,8 @@ def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> 
 
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
     """The least that a calibration must measure for such a plan."""
-    orders = tuple(dict.fromkeys(("FHW", *settings.orders)))
+    candidates = settings.orders or (() if settings.order_score == "none" else CANDIDATES)
+    orders = tuple(dict.fromkeys(("FHW", *candidates)))
     by_mass = "mass" in (settings.order_score, settings.mask_score)
     return CaptureSettings(orders=orders, paper=settings.order_score == "paper", whole_mass=by_mass, **changes)
 

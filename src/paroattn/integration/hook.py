@@ -55,6 +55,7 @@ class PlanHook(ModelHook):
         replaced: Layers whose processor someone else has taken away.
         verdict: Which layers dense attention serves faster, for the last call; None if nobody asked.
         dense_depth: How many `paroattn.dense` are open.
+        presence: Given to every call, see `Call`; `call` then outlives it, since a backward pass may run layers again.
     """
 
     _is_stateful = True
@@ -84,6 +85,7 @@ class PlanHook(ModelHook):
         self.verdict: Verdict | None = None
         self._even_if_slower = even_if_slower or impl != "auto"
         self._verdicts: dict[tuple[TextSpan, torch.device], Verdict] = {}
+        self.presence: Any = None
         self._thread: int | None = None
         self._signature = inspect.signature(type(transformer).forward)
         self._warned: set[str] = set()
@@ -144,7 +146,7 @@ class PlanHook(ModelHook):
         self._notice_replaced()
         phase, reason = self._decide(grid, has, text, noise_level)
         layout = Layout(grid, text) if grid else None
-        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
+        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer, self.presence)
         device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
         self._notice_ranks(transformer, device)
         if layout is not None and phase is not None:
@@ -155,7 +157,8 @@ class PlanHook(ModelHook):
     @_eager
     def after(self, *_: Any) -> None:
         if self._thread == threading.get_ident():  # a call that was refused ends here too
-            self.call = self._thread = None
+            self._thread = None
+            self.call = self.call if self.presence else None
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.schedule.reset()

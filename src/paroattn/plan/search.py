@@ -5,7 +5,7 @@ Budgets say what competes with what. "per_head": the blocks of one head in one p
 by its own output power, so that layers with large activations do not starve the others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
 from ..capture.regrid import RegriddedStatistics
-from ..grid import ORDERS, check_order
+from ..grid import check_order
 from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
 from .cost import Call, TimeUnknown
@@ -42,7 +42,8 @@ class PlanSettings:
         order_score: How orders are compared; "none" keeps the model's own order.
         mask_score: How blocks are compared.
         budget: Which blocks compete.
-        orders: Candidate orders; the statistics must hold them.
+        orders: Candidate orders; the statistics must hold them. None: all that they hold, which for a calibration are
+            the six axis orders and the tiles.
         phase_ends: Shares of the calibration schedule's steps at which phases end.
         precision: Precision of every head. None: fp32, or the model's own dtype where it is known.
         sensitivity: Weigh predicted errors by what the calibration found phases and layers to matter for the finished
@@ -58,7 +59,7 @@ class PlanSettings:
     order_score: str = "output_error"
     mask_score: str = "output_error"
     budget: str = "layer_normalised"
-    orders: tuple[str, ...] = ORDERS
+    orders: tuple[str, ...] | None = None
     phase_ends: tuple[float, ...] = PHASE_ENDS
     precision: str | None = None
     sensitivity: bool = True
@@ -71,9 +72,9 @@ class PlanSettings:
         for name, allowed in (("order_score", ORDER_SCORES), ("mask_score", MASK_SCORES), ("budget", BUDGETS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if not self.orders:
+        if self.orders is not None and not self.orders:
             raise ValueError(f"candidate orders must be given; got {self.orders}")
-        for order in self.orders:
+        for order in self.orders or ():
             check_order(order)
         check_ends(self.phase_ends)
         Precision.parse(self.precision or "fp32")
@@ -107,7 +108,7 @@ class PlanSettings:
         Raises:
             ValueError: If an order or the paper's statistics are missing.
         """
-        needed = (*self.orders, "FHW") if self.order_score == "none" else self.orders
+        needed = (*(self.orders or ()), *(("FHW",) if self.order_score == "none" else ()))
         missing = [order for order in needed if order not in capture.orders]
         if missing:
             raise ValueError(
@@ -255,15 +256,29 @@ def predicted_error(statistics: Statistics, plan: TransformerPlan, settings: Pla
     Weighed as `settings` say; the sum is then the relative squared error that is expected of the finished sample, as
     long as errors are small and add up.
     """
-    names = list(statistics.settings.orders)
-    chosen = {name: torch.tensor([names.index(order) for order in layer.orders]) for name, layer in plan.layers.items()}
-    maps = _Maps(statistics, chosen, plan.phases, settings, "cpu")
+    scores = block_scores(statistics, plan, settings)
     found = torch.zeros(len(plan.layers), len(plan.phases), dtype=torch.float64)
     for row, (name, layer) in enumerate(plan.layers.items()):
         for column, phase in enumerate(plan.phases):
             dropped = ~layer.mask[column].dense()
-            found[row, column] = phase.share * maps.ranked(name, column)[dropped].double().sum()
+            found[row, column] = phase.share * scores(name, column)[dropped].double().sum()
     return found
+
+
+def block_scores(statistics: Statistics, plan: TransformerPlan, settings: PlanSettings) -> Callable[[str, int], Tensor]:
+    """What makes the scores of a layer and phase in a plan's orders, (H, Nq, Nk); infinite for each row's heaviest.
+
+    Raises:
+        ValueError: If the statistics do not hold the plan's orders.
+    """
+    names = list(statistics.settings.orders)
+    if missing := {order for layer in plan.layers.values() for order in layer.orders} - set(names):
+        raise ValueError(
+            f"the statistics must hold the plan's orders; got {', '.join(names)} without {', '.join(sorted(missing))}. "
+            "Give those that the plan was made from."
+        )
+    chosen = {name: torch.tensor([names.index(order) for order in layer.orders]) for name, layer in plan.layers.items()}
+    return _Maps(statistics, chosen, plan.phases, settings, "cpu").ranked
 
 
 def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) -> Tensor:
@@ -273,7 +288,7 @@ def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) ->
         ValueError: If the calibration chose already, and what it chose is no candidate.
     """
     names = list(statistics.settings.orders)
-    allowed = ("FHW",) if settings.order_score == "none" else settings.orders
+    allowed = ("FHW",) if settings.order_score == "none" else settings.orders or statistics.settings.orders
     if statistics.chosen:
         chosen = statistics.chosen[layer]
         if excluded := sorted(set(chosen) - set(allowed)):
@@ -285,7 +300,7 @@ def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) ->
     score_of = ORDER_SCORES[settings.order_score]
     if score_of is None:
         return torch.full((statistics.heads,), names.index("FHW"))
-    candidates = torch.tensor([names.index(order) for order in settings.orders])
+    candidates = torch.tensor([names.index(order) for order in allowed])
     density = settings.density or DENSITY
     return candidates[score_of(statistics, layer, density)[candidates].argmin(0)]
 
