@@ -270,8 +270,8 @@ class Bench:
                 backend = BACKENDS.get(kind.impl, BACKENDS[BASELINE])
                 stack.enter_context(attending(transformer, backend, self.inputs, everywhere=kind.impl != OURS))
             if kind.impl == OURS:
-                settings = {"precision": kind.precision, "impl": self.choice.impl}
-                apply(transformer, self.plan(kind), **settings, even_if_slower=True)
+                settings: dict[str, Any] = {"precision": kind.precision, "impl": self.choice.impl}
+                apply(transformer, self.plan(kind), even_if_slower=True, **settings)
                 stack.callback(remove, transformer)
             if kind.compiled and not kind.step_cache:
                 stack.enter_context(compiled(transformer, self.model))
