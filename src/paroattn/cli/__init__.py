@@ -128,7 +128,7 @@ def _carry(args: argparse.Namespace, settings: Any, grid: Any) -> dict[str, Any]
             f"{args.plan} has no statistics, from which another plan could be made; got more than --grid, which "
             "carries the masks as they are. Leave out the rest, or calibrate."
         )
-    say(f"{args.plan} has no statistics: masks alone carry badly, see what they lose with paro evaluate")
+    say(f"{args.plan} has no statistics: its masks are carried, which may lose much")
     return _carried(plan.for_grid(grid), args)
 
 
