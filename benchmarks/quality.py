@@ -110,7 +110,7 @@ class Plans:
         plan = make_plan(self.measured["transformer"], settings)
         if not idea.startswith("refined"):
             return plan
-        prompts = list(CALIBRATION_PROMPTS) if idea == "refined-two" else self.training
+        prompts: list[str] = [*CALIBRATION_PROMPTS] if idea == "refined-two" else self.training
         return refine(
             Batched(self.bench.pipe), Plan({"transformer": plan}), self.measured, joined(prompts, AT_ONCE),
             refinement=Refinement(self.rounds, 1, checkpointing=False), steps=REFINING_STEPS,

@@ -147,8 +147,8 @@ def cases() -> list[Case]:
 
 def drawn_prompts(count: int) -> tuple[str, ...]:
     """The two calibration prompts and as many more, none of them evaluated."""
+    found: list[str] = [*CALIBRATION_PROMPTS]
     generator = torch.Generator().manual_seed(0)
-    found: list[str] = list(CALIBRATION_PROMPTS)
     while len(found) < count:
         words = tuple(each[int(torch.randint(len(each), (), generator=generator))] for each in SLOTS.values())
         if (prompt := prompt_of(words)) not in (*found, *EVALUATION_PROMPTS):

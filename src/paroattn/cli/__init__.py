@@ -155,7 +155,7 @@ def _carry(args: argparse.Namespace, settings: Any, grid: Any) -> dict[str, Any]
             f"{args.plan} has no statistics, from which another plan could be made; got more than --grid and --out, "
             "which carry the masks as they are. Leave out the rest, or calibrate."
         )
-    say(f"{args.plan} has no statistics: masks alone carry badly, see what they lose with paro evaluate")
+    say(f"{args.plan} has no statistics: its masks are carried, which may lose much")
     carried = plan.for_grid(grid)
     carried.save_pretrained(args.out)
     end(args.out, _unmeasured(args.out))

@@ -21,7 +21,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from ..evaluation.ranks import ranks
     from ..files import check_writable, read_json
 
-    prompts_of(args), call_of(args)
+    _ = prompts_of(args), call_of(args)  # what is wrong with them is said before any work
     check_writable(args.out, FOLDER)
     for name in args.metrics:
         check_metric(name)
@@ -30,9 +30,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         numbers = _evaluate(args, group, other)
     if not group.first:
         return {}
-    seconds: dict[str, float] = {
-        side: sum(clip[f"{side}_seconds"] for clip in numbers["clips"]) for side in ("dense", "sparse")
-    }
+    seconds = {side: sum((clip[f"{side}_seconds"] for clip in numbers["clips"]), 0.0) for side in ("dense", "sparse")}
     say_summary(numbers["summary"], seconds)
     following = "open it in a browser; for other densities, paro plan PLAN --density 0.2 --out plan20/"
     end(args.out / REPORT, following)

@@ -134,9 +134,9 @@ class TransformerPlan:
         """Carry the plan to another resolution or number of frames, without running the model or its statistics.
 
         Every head keeps its order, density and precision; a block is kept where those with the same offset between
-        query and key were, and every row keeps at least one. Masks alone carry badly: with the statistics that the plan
-        was made from, `paro plan --grid` makes a much better one, and calibrating there the best. What either loses is
-        not measured; `paro evaluate` tells. The grids that it came from are noted in `made`.
+        query and key were, and every row keeps at least one. With the statistics that the plan was made from,
+        `paro plan --grid` chooses anew instead. What either loses is not measured; `paro evaluate` tells. The grids
+        that it came from are noted in `made`.
 
         Args:
             grid: Size of the video in tokens; the plan's own gives the plan itself.

@@ -1,8 +1,8 @@
 """Carries a plan's masks to another grid where the statistics that it was made from are gone.
 
 Every head keeps its order and, in every phase, its density. A new block is worth the share of its pairs of tokens whose
-old counterparts were kept, and the blocks worth most are kept. A mask says of every block only whether it was kept, so
-a plan from statistics laid over the new grid (`capture.regrid`) is much better; neither has seen the model there.
+old counterparts were kept, and the blocks worth most are kept. Statistics laid over the
+new grid (`capture.regrid`) say more than masks do; neither has seen the model there.
 """
 
 from collections.abc import Mapping
