@@ -165,9 +165,11 @@ def _note(plan: TransformerPlan, settings: DemoSettings) -> str:
         for mine, theirs in zip(layer.orders, shipped.layers[name].orders, strict=True)
     ]
     made = shipped.made["calibration"]
+    refined = shipped.made["refined"]
     return (
         f"This plan was made just now from one prompt, {settings.calibration_steps} steps and one query row in "
         f"{settings.row_stride}. The plan that ships was made from {len(made['prompts'])} prompts, "
-        f"{made['steps']} steps and all rows, at density {shipped.density:.2f} with {len(shipped.phases)} phases. "
+        f"{made['steps']} steps and all rows, at density {shipped.density:.2f} with {len(shipped.phases)} phases, "
+        f"and refined with {refined['rounds'] * refined['clips']} clips. "
         f"The two chose the same order for {sum(orders)} of {len(orders)} heads."
     )
