@@ -33,13 +33,12 @@ from typing import Any
 
 import torch
 
-from fidelity_demo import CLIP, Bench, Rule, all_kept
+from fidelity_demo import CANDIDATES, CLIP, Bench, Rule, all_kept
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.demo.pipeline import MODEL, STEPS, weights_sha256
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.evaluation.fidelity import Summary, compare, summarise
-from paroattn.grid import ORDERS
 from paroattn.integration.calibrate import collect
 from paroattn.integration.schedule import noise_levels
 from paroattn.integration.sensitivity import measure_sensitivity
@@ -57,7 +56,7 @@ DENSITIES = (0.5, 0.3, 0.2, 0.125)
 WARMUPS = (0.0, 0.2)
 KEY = ("method", "density_target", "dense_warmup", "frames", "precision", "block", "steps", "phase_ends")
 PLANNED = {
-    "paroattn": Rule("output_error", "output_error", "layer_normalised", sensitivity="phases"),
+    "paroattn": Rule("output_error", "output_error", "layer_normalised", "six+tiles", "phases"),
     "none": Rule("none", "output_error", "layer_normalised", sensitivity="phases"),
     "paper": Rule("paper", "mass", "global"),
 }
@@ -164,7 +163,8 @@ class Methods:
 
         def make(wanted: float) -> TransformerPlan:
             settings = PlanSettings(
-                wanted, rule.order_score, rule.mask_score, rule.budget, ORDERS, self.phase_ends, self.precision,
+                wanted, rule.order_score, rule.mask_score, rule.budget, CANDIDATES[rule.orders], self.phase_ends,
+                self.precision,
                 sensitivity=rule.sensitivity != "none",
             )  # fmt: skip
             return make_plan(self.statistics, settings)
@@ -256,9 +256,10 @@ def calibrated(
     bench: Comparison, steps: int, block: tuple[int, int], phase_ends: tuple[float, ...], seeds: int
 ) -> Statistics:
     """Statistics of the calibration prompts, with the weights of phases."""
+    capture = CaptureSettings(orders=CANDIDATES["six+tiles"], block=block)
     measured = collect(
-        bench.pipe, CALIBRATION_PROMPTS, steps=steps, capture=CaptureSettings(block=block), exact=True,
-        progress=lambda done: None, **bench.call,
+        bench.pipe, CALIBRATION_PROMPTS, steps=steps, capture=capture, exact=True, progress=lambda done: None,
+        **bench.call,
     )  # fmt: skip
     measure_sensitivity(
         bench.pipe, measured, CALIBRATION_PROMPTS, seeds=seeds, settings=PlanSettings(phase_ends=phase_ends),

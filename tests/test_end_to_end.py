@@ -177,7 +177,7 @@ def test_heads_spread_as_the_bundled_models_at_the_same_mean(density, heads):
 def test_heads_of_a_phase_of_the_plan_that_ships_spread_like_that(phase):
     density = Plan.from_pretrained(BUNDLED)["transformer"].head_density()[:, phase].flatten()
     found = synthetic_plan.head_densities(density.mean().item(), len(density))
-    assert (torch.quantile(found, QUANTILES) - torch.quantile(density, QUANTILES)).abs().max() < 0.1
+    assert (torch.quantile(found, QUANTILES) - torch.quantile(density, QUANTILES)).abs().max() < 0.12
 
 
 @pytest.mark.parametrize("block", [(128, 128), (64, 128)], ids=str)

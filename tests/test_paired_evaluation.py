@@ -213,6 +213,7 @@ def test_reports_of_several_runs_add_up():
     def part(density, calls, dense):
         phase = {"density": density, "sparse_calls": calls, "precision": "bf16", "impl": "cpu" if calls else None}
         layer = {"density": density, "sparse_calls": calls, "dense_calls": dense, "phases": [phase]}
+        layer["faster_dense"] = next(iter(dense), None)
         return {"transformer": {
             "model_class": "M", "plan_grid": "1x2x3", "grids_seen": {"1x2x3": calls}, "calls": {"sparse": calls},
             "replaced_layers": [], "density": density, "layers": {"a": layer},
@@ -226,6 +227,7 @@ def test_reports_of_several_runs_add_up():
     assert row["layers"]["a"]["density"] == row["density"] == pytest.approx((4 * 0.25 + 1) / 5)
     assert row["calls"] == row["grids_seen"] | {"sparse": 4} | {} or row["calls"] == {"sparse": 4}
     assert row["layers"]["a"]["dense_calls"] == {"too short": 1}
+    assert row["layers"]["a"]["faster_dense"] == "too short"
 
 
 # The command
