@@ -28,6 +28,7 @@ from paroattn.plan.plan import Plan
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PROMPT = EVALUATION_PROMPTS[0]
+SMALL = {"num_frames": 5, "height": 24, "width": 28}
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +134,12 @@ def test_a_seed_fixes_the_clip_and_batches_do_not_mix(pipe):
 
 def test_guidance_latents_and_callbacks(pipe):
     steps = []
-    raw = clip(pipe, output_type="latent", callback_on_step_end=lambda pipe, step, when, tensors: steps.append(step))
+    raw = clip(
+        pipe, **SMALL, output_type="latent", callback_on_step_end=lambda pipe, step, when, tensors: steps.append(step)
+    )
     assert steps == [0, 1]
-    torch.testing.assert_close(raw.clamp(-1, 1) / 2 + 0.5, clip(pipe))
-    assert not torch.equal(clip(pipe, guidance_scale=3.0), clip(pipe))
+    torch.testing.assert_close(raw.clamp(-1, 1) / 2 + 0.5, clip(pipe, **SMALL))
+    assert not torch.equal(clip(pipe, **SMALL, guidance_scale=3.0), clip(pipe, **SMALL))
 
 
 @pytest.mark.parametrize(
@@ -194,17 +197,17 @@ def test_the_plan_that_ships_fits_and_runs_where_it_says(pipe):
 
 
 def test_calibration_measures_what_the_model_does_and_leaves_it_as_it_was(pipe):
-    before, seen = clip(pipe), []
+    before, seen = clip(pipe, **SMALL), []
     plan = paroattn.calibrate(
-        pipe, PROMPT, density=0.4, steps=2, capture=CaptureSettings(row_stride=8, paper=False),
-        progress=seen.append, guidance_scale=1.0,
+        pipe, PROMPT, density=0.4, steps=2, capture=CaptureSettings(paper=False),
+        progress=seen.append, guidance_scale=1.0, **SMALL,
     )["transformer"]  # fmt: skip
-    assert plan.density == pytest.approx(0.4, abs=1e-3)
+    assert plan.density == pytest.approx(0.4, abs=1e-3) and str(plan.grid) == "5x6x7"
     assert len(plan.phases) == 2 and plan.made["calibration"]["prompts"] == [PROMPT]
     assert seen[-4] == 1.0 and seen[:-3] == sorted(seen[:-3])
     assert seen[-3:] == pytest.approx([1 / 3, 2 / 3, 1])  # with all blocks, and with those of each phase dropped
     assert next(iter(plan.layers.values())).precision[0][0] == "fp32"
-    assert torch.equal(clip(pipe), before)
+    assert torch.equal(clip(pipe, **SMALL), before)
 
 
 @pytest.mark.parametrize(("prompts", "message"), [([], "at least one prompt"), ([PROMPT, " "], "none of them empty")])

@@ -459,7 +459,8 @@ def test_paro_generate_under_torchrun_writes_one_clip_and_speaks_once(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
     assert main([*WORDS, "--out", str(tmp_path / "alone.png")]) == 0
     shown, alone = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=float) for name in ("0", "alone"))
-    assert shown.std() > 10 and np.abs(shown - alone).max() <= 1
+    off = np.abs(shown - alone)  # in float32, on another number of threads
+    assert shown.std() > 10 and off.max() <= 3 and off.mean() < 0.05
 
 
 def on_gpus(rank: int) -> dict[str, float]:
