@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 from tiny_models import LATENTS, TinyPipeline, tiny_wan, wan_inputs
 
 from paroattn.capture import CaptureSettings
+from paroattn.integration import refining
 from paroattn.integration.apply import apply, dense, hook_of, remove, set_noise_level
 from paroattn.integration.calibrate import collect
 from paroattn.integration.refining import Refinement, _recording, _Seen, refine
@@ -192,3 +193,12 @@ def test_a_prompt_and_a_round_are_needed(made):
 def test_steps_grow_smaller_and_the_first_is_no_leap():
     steps = [Refinement(rounds=16).step(number) for number in range(16)]
     assert steps[0] == 0.2 and steps[-1] == 0.05 and steps == sorted(steps, reverse=True)
+
+
+def test_layers_that_dense_attention_would_serve_faster_are_refined_all_the_same(monkeypatch):
+    pipe = pipeline()
+    measured, plan = planned(pipe)
+    asked = []
+    monkeypatch.setattr(refining, "apply", lambda *args, **said: (asked.append(said), apply(*args, **said)))
+    refined(pipe, plan, measured, rounds=2, clips=1)
+    assert asked == [{"even_if_slower": True}] * 2

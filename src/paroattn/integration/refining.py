@@ -139,7 +139,7 @@ def refine(
         report = progress or stack.enter_context(progress_bar("refining"))
         stack.enter_context(_differentiable(models.values(), refinement.checkpointing))
         for number in range(refinement.rounds):
-            apply(pipe, Plan({name: each.plan for name, each in values.items()}))
+            apply(pipe, Plan({name: each.plan for name, each in values.items()}), even_if_slower=True)
             try:
                 seen = look(number * refinement.clips, report)
             finally:
