@@ -5,7 +5,6 @@ folder, and rank 0 waits there for all of them. A rank that fails ends the job: 
 does, rank 0 gives up once no pair has come for as long as the group may be silent.
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from ..integration.processes import count, joined, rank
 
 TIMEOUT = 1800.0
 POLL = 0.2
@@ -53,11 +53,11 @@ class Ranks:
             return
         found: list[Any] = [None] * self.count
         self._together(lambda: dist.all_gather_object(found, dict(asked)))
-        for rank, theirs in enumerate(found):
+        for number, theirs in enumerate(found):
             differing = [name for name in asked if theirs.get(name) != found[0].get(name)]
             if differing:
                 raise ValueError(
-                    f"all ranks must be given the same command; rank {rank} has another {differing[0]} than rank 0: "
+                    f"all ranks must be given the same command; rank {number} has another {differing[0]} than rank 0: "
                     f"{theirs.get(differing[0])} instead of {found[0].get(differing[0])}"
                 )
 
@@ -105,21 +105,15 @@ def ranks(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     Raises:
         RuntimeError: If the group does not come together in time, or the process is told to stop.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if count() == 1:
         yield Ranks()
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        yield Ranks(rank, count, timeout)
+        with joined(timedelta(seconds=timeout), over_gpus=False) as processes:
+            yield Ranks(rank(), processes, timeout)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _stop(*_: Any) -> None:

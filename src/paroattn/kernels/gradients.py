@@ -42,6 +42,18 @@ def _p_and_c(q, k, v, gradient, lse, centre, r, n, tokens, readable, scale):
 
 
 @triton.jit
+def _tile(
+    q_ptr, gradient_ptr, lse_ptr, centre_ptr, first, r, TOKENS, D, D_PAD: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """What is known of a tile of rows: q, the gradient in the output, lse and centre."""
+    q = _load(q_ptr + first * D, r, TOKENS, D, D_PAD, PLAIN)
+    gradient = _load(gradient_ptr + first * D, r, TOKENS, D, D_PAD, PLAIN)
+    lse = tl.load(lse_ptr + first + r, mask=r < TOKENS, other=0.0)
+    centre = tl.load(centre_ptr + first + r, mask=r < TOKENS, other=0.0)
+    return q, gradient, lse, centre
+
+
+@triton.jit
 def _past_queries(
     q_ptr, k_ptr, v_ptr, gradient_ptr, lse_ptr, centre_ptr, kept_ptr, readable_ptr, dk_ptr, dv_ptr, presence_ptr,
     TOKENS, HEADS, TILES, QUERY_BLOCKS, KEY_BLOCKS, D, scale,
@@ -59,10 +71,7 @@ def _past_queries(
     dv = tl.zeros([KEYS, D_PAD], tl.float32)
     for tile in range(TILES):
         r = tile * ROWS + tl.arange(0, ROWS)
-        q = _load(q_ptr + first * D, r, TOKENS, D, D_PAD, PLAIN)
-        gradient = _load(gradient_ptr + first * D, r, TOKENS, D, D_PAD, PLAIN)
-        lse = tl.load(lse_ptr + first + r, mask=r < TOKENS, other=0.0)
-        centre = tl.load(centre_ptr + first + r, mask=r < TOKENS, other=0.0)
+        q, gradient, lse, centre = _tile(q_ptr, gradient_ptr, lse_ptr, centre_ptr, first, r, TOKENS, D, D_PAD, PLAIN)
         p, c = _p_and_c(q, k, v, gradient, lse, centre, r, n, TOKENS, readable, scale)
         kept = tl.load(kept_ptr + (head * QUERY_BLOCKS + tile // PER_BLOCK) * KEY_BLOCKS + j)
         share, change = tl.sum(p, 1), tl.sum(c, 1)
@@ -87,10 +96,7 @@ def _past_keys(
     readable = tl.load(readable_ptr + map_ // HEADS)
     first = map_ * TOKENS
     r = tile * ROWS + tl.arange(0, ROWS)
-    q = _load(q_ptr + first * D, r, TOKENS, D, D_PAD, PLAIN)
-    gradient = _load(gradient_ptr + first * D, r, TOKENS, D, D_PAD, PLAIN)
-    lse = tl.load(lse_ptr + first + r, mask=r < TOKENS, other=0.0)
-    centre = tl.load(centre_ptr + first + r, mask=r < TOKENS, other=0.0)
+    q, gradient, lse, centre = _tile(q_ptr, gradient_ptr, lse_ptr, centre_ptr, first, r, TOKENS, D, D_PAD, PLAIN)
     row = kept_ptr + (head * QUERY_BLOCKS + tile // PER_BLOCK) * KEY_BLOCKS
     dq = tl.zeros([ROWS, D_PAD], tl.float32)
     for j in range(KEY_BLOCKS):
