@@ -78,8 +78,8 @@ def unprofiled(monkeypatch):
     monkeypatch.setattr(benchmark, "profiled", lambda call: Profile([("_hopper_kernel", 2.0), ("nvjet", 1.0)]))
 
 
-def measured(model, choice, monkeypatch):
-    """Rows by a clock that counts blocks: 10 ms, 2 ms for each of the first kind and 3 ms for each of the second."""
+def count_blocks(model, monkeypatch):
+    """A clock that counts blocks: 10 ms, 2 ms for each of the first kind and 3 ms for each of the second."""
     make, made = built, []
 
     def clock(calls, rounds, warm_up):
@@ -87,15 +87,19 @@ def measured(model, choice, monkeypatch):
 
     def timed(call):
         counts = []
-        handle = made[0].register_forward_pre_hook(
-            lambda *_: counts.append([len(getattr(made[0], name)) for name in model.blocks])
+        handle = made[-1].register_forward_pre_hook(
+            lambda *_: counts.append([len(getattr(made[-1], name)) for name in model.blocks])
         )
         call()
         handle.remove()
         return 10.0 + sum(count * ms for count, ms in zip(counts[-1], (2, 3), strict=False))
 
-    monkeypatch.setattr(benchmark, "built", lambda *args: made.append(make(*args)) or made[0])
+    monkeypatch.setattr(benchmark, "built", lambda *args: made.append(make(*args)) or made[-1])
     monkeypatch.setattr(benchmark, "medians", clock)
+
+
+def measured(model, choice, monkeypatch):
+    count_blocks(model, monkeypatch)
     return list(benchmark.measure(model, choice, "cpu", torch.float32))
 
 
@@ -558,7 +562,9 @@ def test_a_line_through_two_depths_gives_the_whole_model():
 
 
 def test_the_command_writes_rows_and_fails_where_ours_does(on_a_cpu, not_compiled, unprofiled, tmp_path, monkeypatch):
-    monkeypatch.setitem(benchmark.ARCHITECTURES, "wan-14b-480p", toy("wan-14b-480p"))
+    model = toy("wan-14b-480p")
+    monkeypatch.setitem(benchmark.ARCHITECTURES, "wan-14b-480p", model)
+    count_blocks(model, monkeypatch)
     out = tmp_path / "result.json"
     arguments = ["--model", "wan-14b-480p", "--depths", "2", "3", "--rounds", "1", "--device", "cpu", "--out", str(out)]
     ours = ["--rows", "cudnn", "paroattn", "--densities", "0.3", "--precisions", "int8/int8", "--block", "32x64"]
