@@ -1,0 +1,521 @@
+// Block-sparse attention on sm_90a: INT8 Q·K, FP8 or INT8 P·V. What it computes is written down in ../reference.py.
+//
+//     WARPGROUPS warpgroups of a program have 64 query rows each, one query block together or a part of one. They share
+//     a ring of STAGES kept blocks of K and V, which a producer warp (PRODUCER) or their first thread fills by bulk
+//     copies. In a warpgroup, block after block of its list, in base 2 (scales carry log2 e):
+//
+//         s = q kᵀ                          matrix units; they add to 12582912, so that s reads as a float
+//         FP8   if any s·scale > m + 1:     m ← row maximum; what was added so far shrinks. Rare after the first blocks
+//               p = exp2(s·scale − m) · 224
+//         INT8  b = row maximum of s·scale; if any b > m + 64: m ← b likewise
+//               p = exp2(s·scale − b) · 255, rounded; share = exp2(b − m)
+//         acc, total += (p v, row sum of p) · share
+//     out = acc / total · v_scale
+//
+// AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs,
+// the weights of block i are made from the first. TURNS: two warpgroups start products in turns, so that one multiplies
+// while the other makes weights. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits,
+// before they are added to acc in float32; 0: of all, into acc. MATRIX_SUMS: FP8 rows are summed by eight further
+// columns of ones. ON_FMA: so many of sixteen exponentials are computed by multiplications.
+//
+// Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes whose 16-byte pieces are swizzled, a block
+// without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
+#include <hopper_ptx.cuh>
+
+constexpr int ROWS = 64;
+constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
+constexpr int K_BYTES = KEYS * HEAD_DIM;
+constexpr int V_BYTES = HEAD_DIM * KEYS;
+constexpr int ONES_BYTES = MATRIX_SUMS ? 8 * KEYS : 0;
+constexpr int STAGE_BYTES = (K_BYTES + V_BYTES + ONES_BYTES + 1023) / 1024 * 1024;
+constexpr int K_AT = (Q_BYTES + 1023) / 1024 * 1024;
+constexpr int V_AT = K_AT + K_BYTES;
+constexpr int ONES_AT = V_AT + V_BYTES;
+constexpr int SCALES_AT = K_AT + STAGES * STAGE_BYTES;
+constexpr int FULL_AT = SCALES_AT + 8 * STAGES;
+constexpr int EMPTY_AT = FULL_AT + 8 * STAGES;
+constexpr int Q_FULL_AT = EMPTY_AT + 8 * STAGES;
+
+constexpr int CONSUMERS = 128 * WARPGROUPS;
+constexpr int THREADS = CONSUMERS + (PRODUCER ? (REGISTERS ? 128 : 32) : 0);
+constexpr int SCORES = KEYS / 2;    // per thread
+constexpr int SUMS = HEAD_DIM / 2 + (MATRIX_SUMS ? 4 : 0);
+constexpr int OUT = HEAD_DIM / 2;
+
+constexpr u32 BIAS_BITS = 0x4B400000;
+constexpr float BIAS = 12582912.0f;
+constexpr float TOP = INT8_VALUES ? 7.994353436858858f : 7.807354922057604f;  // log2 255 and log2 224
+constexpr float SLACK = INT8_VALUES ? 64.0f : 1.0f;
+constexpr u32 ONES = 0x38383838;  // 1.0 in FP8
+constexpr u32 HIDDEN = 0xFF800000;  // −∞, and less than every score as an integer too
+
+struct Arguments {
+    const u8 *q, *k, *v;
+    const float *q_scale, *k_scale, *v_scale, *shift;
+    const u16 *lists;
+    const int *counts;
+    const u8 *bits;
+    const int *tiles, *table, *order, *valid;
+    void *out;
+    float *lse;
+    int batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes;
+};
+
+#if OUT_BYTES == 2
+DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
+#else
+DEVICE u32 pack_output(float a, float b) { return 0; }
+#endif
+
+struct alignas(16) Piece {
+    u32 x[4];
+};
+
+// What a program works on.
+struct Work {
+    int b, h, first;        // batch element, head, first query row
+    u64 bh, q_row;          // head of all, row of q
+    const u16* list;        // key blocks that it reads
+    int count, whole, tail; // how many, how many of them whole, real keys of the other
+};
+
+DEVICE Work work_of(const Arguments& a) {
+    Work w;
+    const int split = QUERIES / (WARPGROUPS * ROWS);
+    const int part = program() % split, pair = program() / split;
+    const int tile = a.tiles[pair / (a.row_blocks * a.batch) * a.row_blocks + pair % a.row_blocks];
+    w.b = pair / a.row_blocks % a.batch;
+    w.h = tile / a.row_blocks;
+    w.bh = (u64)w.b * a.heads + w.h;
+    w.first = tile % a.row_blocks * QUERIES + part * WARPGROUPS * ROWS;
+    w.q_row = w.bh * a.row_blocks * QUERIES + w.first;
+    w.list = a.lists + (u64)tile * a.key_blocks;
+    w.whole = a.counts[(u64)w.b * a.heads * a.row_blocks + tile];
+    const int cut = a.valid[w.b] / KEYS;
+    w.tail = a.valid[w.b] % KEYS;
+    w.count = w.whole;
+    if (w.tail > 0) w.count += a.bits[(u64)tile * a.mask_bytes + cut / 8] >> cut % 8 & 1;
+    return w;
+}
+
+// A stage of the ring, and whether it is being used for an odd time.
+struct Place {
+    int stage = 0;
+    u32 odd = 0;
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, odd ^= 1;
+    }
+    DEVICE u32 full(u32 memory) const { return memory + FULL_AT + 8 * stage; }
+    DEVICE u32 empty(u32 memory) const { return memory + EMPTY_AT + 8 * stage; }
+    DEVICE u32 at(u32 memory) const { return memory + stage * STAGE_BYTES; }
+    DEVICE u32 scale(u32 memory) const { return memory + SCALES_AT + 8 * stage; }
+};
+
+// Fills the ring, one block at a call; knows the next block and its scale beforehand.
+struct Filler {
+    const Arguments& a;
+    const Work& w;
+    u32 memory;
+    Place place;
+    int filled = 0, block = 0;
+    float scale = 0;
+
+    DEVICE Filler(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) { look(); }
+
+    DEVICE void look() {
+        if (filled < w.count) {
+            block = w.list[filled];
+            scale = a.k_scale[w.bh * a.key_blocks + block];
+        }
+    }
+
+    DEVICE void fill() {
+        if (filled >= w.count) return;
+        if (filled >= STAGES) barrier_wait(place.empty(memory), place.odd ^ 1);
+        const u32 at = place.at(memory), full = place.full(memory);
+        const u64 from = (w.bh * a.key_blocks + block) * K_BYTES;
+        write_shared(place.scale(memory), as_bits(scale));
+        barrier_expect(full, K_BYTES + V_BYTES);
+        copy_bulk(at + K_AT, a.k + from, K_BYTES, full);
+        copy_bulk(at + V_AT, a.v + from, V_BYTES, full);
+        place.next();
+        ++filled;
+        look();
+    }
+};
+
+// Of 16, which exponentials are computed by multiplications: ON_FMA of them, evenly spread.
+DEVICE constexpr bool on_fma(int i) { return i * ON_FMA % 16 < ON_FMA; }
+
+// 2ˣ = 2ⁿ · 2ᶠ, |f| ≤ ½, to 8e-5 of itself for INT8 values, 2e-3 for FP8.
+DEVICE float exp2_multiplied(float x) {
+    x = larger(x, -126.0f);
+    const float n = x + BIAS;
+    const float f = x - (n - BIAS);
+    float y;
+    if (INT8_VALUES) {
+        y = multiply_add(0.05517169f, f, 0.24261117f);
+        y = multiply_add(y, f, 0.69326098f);
+        y = multiply_add(y, f, 0.99992807f);
+    } else {
+        y = multiply_add(0.23842914f, f, 0.70344841f);
+        y = multiply_add(y, f, 1.00044316f);
+    }
+    return as_float(as_bits(y) + (as_bits(n) << 23));
+}
+
+// The rows of a thread: 8 r + lane / 4, r = 0 and 1, of the 16 of its warp. It holds columns 8 c + 2 (lane % 4) + i of
+// them in registers 4 c + 2 r + i.
+struct Rows {
+    float q_scale[2], m[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
+    float share[2], shrink[2];  // of the block; of what was added before it
+    bool grown;
+
+    // Biased scores → p, of a float's bits, and all that depends on maxima.
+    DEVICE void weigh(u32 (&s)[SCORES], float k_scale) {
+        float highest[2], scale[2], origin[2];
+        u32 top[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            scale[r] = q_scale[r] * k_scale;
+            top[r] = larger(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+            for (int c = 1; c < SCORES / 4; ++c)
+                top[r] = larger(larger(top[r], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
+            if (INT8_VALUES) top[r] = row_maximum(top[r]);
+            highest[r] = (as_float(top[r]) - BIAS) * scale[r];
+        }
+        grown = any_lane(highest[0] > m[0] + SLACK || highest[1] > m[1] + SLACK);
+        if (grown) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float b = INT8_VALUES ? highest[r] : (as_float(row_maximum(top[r])) - BIAS) * scale[r];
+                const float larger_m = larger(m[r], b);
+                shrink[r] = exp2_unit(m[r] - larger_m);
+                total[r] *= shrink[r];
+                m[r] = larger_m;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            origin[r] = INT8_VALUES ? TOP - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
+            if (INT8_VALUES) share[r] = exp2_unit(highest[r] - m[r]);
+        }
+#pragma unroll
+        for (int i = 0; i < SCORES; ++i) {
+            const int r = i / 2 % 2;
+            const float x = multiply_add(as_float(s[i]), scale[r], origin[r]);
+            const float p = on_fma(i / 4 * 2 + i % 2) ? exp2_multiplied(x) : exp2_unit(x);
+            if (!INT8_VALUES && !MATRIX_SUMS) total[r] += p;
+            s[i] = as_bits(p);
+        }
+    }
+
+    // p in 8 bits: register 2 h + r of 32 keys has columns 16 h + 8 g + 2 t + i of row r for bytes 2 g + i.
+    DEVICE void round(const u32 (&s)[SCORES], u32 (&p)[SCORES / 4]) {
+        u32 sum[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < SCORES / 4; ++i) {
+            const int r = i % 2, first = i / 2 * 8 + 2 * r;
+            const float a = as_float(s[first]), b = as_float(s[first + 1]);
+            const float c = as_float(s[first + 4]), d = as_float(s[first + 5]);
+            p[i] = INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
+            if (INT8_VALUES) sum[r] = add_bytes(p[i], sum[r]);
+        }
+        if (INT8_VALUES) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) total[r] = multiply_add(to_float(sum[r]), share[r], total[r]);
+        }
+    }
+
+    static DEVICE u32 row_maximum(u32 x) {
+        x = larger(x, from_lane(x, 1));
+        return larger(x, from_lane(x, 2));
+    }
+};
+
+#if INT8_VALUES
+typedef u32 Sum;
+#else
+typedef float Sum;
+#endif
+
+struct Consumer {
+    const Arguments& a;
+    const Work& w;
+    const u32 memory;
+    const int warpgroup;
+    Rows rows;
+    float acc[SUMS];
+    Sum sums[SUMS];  // products with V that are not yet in acc
+    u32 s[SCORES], p[SCORES / 4];
+
+    DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
+        : a(a), w(w), memory(memory), warpgroup(thread() / 128) {
+        const int row = warpgroup * ROWS + thread() % 128 / 32 * 16 + thread() % 32 / 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row + 8 * r];
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) acc[i] = 0, sums[i] = 0;
+    }
+
+    DEVICE void start_scores(const Place& at) {
+#pragma unroll
+        for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
+        products_begin();
+        const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
+        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 32; ++c) multiply_scores(s, q + 2 * c, k + 2 * c);
+        products_commit();
+    }
+
+    DEVICE void start_values(const Place& at, int i) {
+        products_begin();
+        const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
+        const bool fresh = PROMOTE && i % PROMOTE == 0;
+#pragma unroll
+        for (int c = 0; c < KEYS / 32; ++c) {
+            const u32* four = p + 4 * c;
+            if constexpr (PROMOTE > 0)
+                multiply_values(sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+            else
+                multiply_values(acc, four[0], four[1], four[2], four[3], v + 2 * c, true);
+        }
+        products_commit();
+    }
+
+    // Scores of block i, complete → its weights.
+    DEVICE void weigh(int i, float k_scale) {
+        if (i == w.whole) hide();
+        rows.weigh(s, k_scale);
+    }
+
+    // Scores of keys that are not real.
+    DEVICE void hide() {
+#pragma unroll
+        for (int i = 0; i < SCORES; ++i)
+            if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
+    }
+
+    // The product of block i, complete, into acc.
+    DEVICE void add(int i, const float (&share)[2]) {
+        if (PROMOTE > 1 && i % PROMOTE != PROMOTE - 1 && i != w.count - 1) return;
+        if (PROMOTE == 0) return;
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d)
+            acc[d] = INT8_VALUES ? multiply_add(to_float((u32)sums[d]), share[d / 2 % 2], acc[d]) : acc[d] + sums[d];
+    }
+
+    // What has been added, in the scale of the new maxima.
+    DEVICE void shrink() {
+        if (!rows.grown) return;
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d) {
+            acc[d] *= rows.shrink[d / 2 % 2];
+            if (PROMOTE > 1) sums[d] *= rows.shrink[d / 2 % 2];
+        }
+    }
+
+    DEVICE void settle_sums() {
+        if constexpr (PROMOTE > 0)
+            settle(sums);
+        else
+            settle(acc);
+    }
+
+    // This warp has read a stage.
+    DEVICE void release(const Place& at) {
+        if (thread() % 32 == 0) barrier_arrive(at.empty(memory));
+    }
+
+    DEVICE float k_scale(const Place& at) { return as_float(read_shared(at.scale(memory))); }
+
+    // Block after block, products and weights one after the other.
+    template <class Refill>
+    DEVICE void in_order(Refill refill) {
+        Place now;
+        for (int i = 0; i < w.count; ++i) {
+            barrier_wait(now.full(memory), now.odd);
+            start_scores(now);
+            if (i > 0) refill();
+            const float scale = k_scale(now);
+            products_wait<0>();
+            settle(s);
+            weigh(i, scale);
+            shrink();
+            rows.round(s, p);
+            start_values(now, i);
+            products_wait<0>();
+            settle_sums();
+            release(now);
+            add(i, rows.share);
+            now.next();
+        }
+    }
+
+    // The products of scores of block i and of values of block i − 1 together.
+    template <class Refill>
+    DEVICE void ahead(Refill refill) {
+        if (w.count == 0) return;
+        if (TURNS && warpgroup == 1 && w.count > 1) turn_give<CONSUMERS>(1);
+        Place now;
+        barrier_wait(now.full(memory), now.odd);
+        start_scores(now);
+        products_wait<0>();
+        settle(s);
+        weigh(0, k_scale(now));
+        rows.round(s, p);
+        for (int i = 1; i < w.count; ++i) {
+            const Place before = now;
+            now.next();
+            barrier_wait(now.full(memory), now.odd);
+            if (TURNS) turn_wait<CONSUMERS>(1 + warpgroup);
+            start_scores(now);
+            start_values(before, i - 1);
+            if (TURNS && (warpgroup == 0 || i + 1 < w.count)) turn_give<CONSUMERS>(2 - warpgroup);
+            if (i > 1) refill();
+            const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
+            products_wait<1>();
+            settle(s);
+            weigh(i, scale);
+            products_wait<0>();
+            settle_sums();
+            release(before);
+            add(i - 1, share);
+            shrink();
+            rows.round(s, p);
+        }
+        start_values(now, w.count - 1);
+        products_wait<0>();
+        settle_sums();
+        add(w.count - 1, rows.share);
+    }
+
+    // acc / total to its places in the model's order.
+    DEVICE void finish() {
+        const int lane = thread() % 32, quad = lane % 4;
+        const int first = warpgroup * ROWS + thread() % 128 / 32 * 16 + lane / 4;
+        const int* places = a.table + (u64)a.order[w.h] * a.tokens;
+        const float* v_scale = a.v_scale + w.bh * HEAD_DIM + 2 * quad;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float total = rows.total[r];
+            if constexpr (MATRIX_SUMS) {
+                total = acc[OUT + 2 * r];
+            } else {
+                total += from_lane(total, 1);
+                total += from_lane(total, 2);
+            }
+            const float inverse = reciprocal(larger(total, 1e-30f));
+#pragma unroll
+            for (int d = 2 * r; d < OUT; d += 4) {
+                acc[d] *= inverse * v_scale[2 * d - 4 * r];
+                acc[d + 1] *= inverse * v_scale[2 * d - 4 * r + 1];
+            }
+            const int n = w.first + first + 8 * r;
+            const bool real = n < a.tokens;
+            const int place = real ? places[n] : 0;
+            const u64 at = (((u64)w.b * a.tokens + place) * a.heads + w.h) * a.channels;
+            if (OUT_BYTES == 2 && a.channels % 8 == 0)
+                store_pieces(at, r, quad, real);
+            else
+                store_each(at, r, quad, real);
+            if (a.lse && real && quad == 0) {
+                float lse = (rows.m[r] + log2_unit(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
+                if (a.shift) lse += a.shift[w.q_row + first + 8 * r];
+                a.lse[w.bh * a.tokens + place] = total > 0 ? lse : as_float(HIDDEN);
+            }
+        }
+    }
+
+    // Eight channels at once: of four groups of eight, each lane of a quad gathers one.
+    DEVICE void store_pieces(u64 at, int r, int quad, bool real) {
+        const bool odd = quad & 1, upper = quad & 2;
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 8; c += 4) {
+            u32 x[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[j] = pack_output(acc[4 * (c + j) + 2 * r], acc[4 * (c + j) + 2 * r + 1]);
+            const u32 near[2] = {from_lane(odd ? x[0] : x[1], 1), from_lane(odd ? x[2] : x[3], 1)};
+            u32 even_lane[2] = {odd ? near[0] : x[0], odd ? near[1] : x[2]};  // of groups 0 or 1, of 2 or 3
+            u32 odd_lane[2] = {odd ? x[1] : near[0], odd ? x[3] : near[1]};
+            const u32 far[2] = {from_lane(upper ? even_lane[0] : even_lane[1], 2),
+                                from_lane(upper ? odd_lane[0] : odd_lane[1], 2)};
+            Piece piece;
+            piece.x[0] = upper ? far[0] : even_lane[0];
+            piece.x[1] = upper ? far[1] : odd_lane[0];
+            piece.x[2] = upper ? even_lane[1] : far[0];
+            piece.x[3] = upper ? odd_lane[1] : far[1];
+            const int channel = 8 * (c + quad);
+            if (real && channel < a.channels) *(Piece*)((u16*)a.out + at + channel) = piece;
+        }
+    }
+
+    DEVICE void store_each(u64 at, int r, int quad, bool real) {
+#pragma unroll
+        for (int d = 0; d < OUT; ++d) {
+            const int channel = d / 4 * 8 + 2 * quad + d % 2;
+            if (d / 2 % 2 != r || !real || channel >= a.channels) continue;
+            if constexpr (OUT_BYTES == 4)
+                ((float*)a.out)[at + channel] = acc[d];
+            else
+                ((u16*)a.out)[at + channel] = (u16)pack_output(acc[d], 0);
+        }
+    }
+};
+
+DEVICE void copy_queries(const Arguments& a, const Work& w, u32 memory) {
+    barrier_expect(memory + Q_FULL_AT, Q_BYTES);
+    copy_bulk(memory, a.q + w.q_row * HEAD_DIM, Q_BYTES, memory + Q_FULL_AT);
+}
+
+DEVICE void set_up(u32 memory) {
+    if (thread() == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(memory + FULL_AT + 8 * stage, 1);
+            barrier_init(memory + EMPTY_AT + 8 * stage, CONSUMERS / 32);
+        }
+        barrier_init(memory + Q_FULL_AT, 1);
+    }
+    for (int i = thread(); i < STAGES * ONES_BYTES / 4; i += THREADS)
+        write_shared(memory + ONES_AT + i / (ONES_BYTES / 4 + !ONES_BYTES) * STAGE_BYTES
+                     + i % (ONES_BYTES / 4 + !ONES_BYTES) * 4, ONES);
+    publish();
+    synchronize();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) hopper_attention(
+    const u8* q, const u8* k, const u8* v, const float* q_scale, const float* k_scale, const float* v_scale,
+    const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
+    const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
+    int row_blocks, int key_blocks, int mask_bytes) {
+    const Arguments a{q,     k,   v,     q_scale, k_scale, v_scale,  shift,      lists,      counts,    bits, tiles, table,
+                      order, valid, out, lse,     batch,   tokens,   heads,      channels,   row_blocks, key_blocks,
+                      mask_bytes};
+    const u32 memory = shared_memory();
+    const Work w = work_of(a);
+    set_up(memory);
+    if (PRODUCER && thread() >= CONSUMERS) {
+        if constexpr (REGISTERS > 0) fewer_registers<24>();
+        if (thread() == CONSUMERS) {
+            copy_queries(a, w, memory);
+            Filler filler(a, w, memory);
+            for (int i = 0; i < w.count; ++i) filler.fill();
+        }
+    } else {
+        if constexpr (REGISTERS > 0) more_registers<REGISTERS>();
+        Filler filler(a, w, memory);
+        const bool fills = !PRODUCER && thread() == 0;
+        const auto refill = [&] { if (fills) filler.fill(); };
+        if (fills) copy_queries(a, w, memory);
+        for (int i = 0; i < STAGES; ++i) refill();
+        Consumer consumer(a, w, memory);
+        barrier_wait(memory + Q_FULL_AT, 0);
+        if constexpr (AHEAD)
+            consumer.ahead(refill);
+        else
+            consumer.in_order(refill);
+        consumer.finish();
+    }
+}
