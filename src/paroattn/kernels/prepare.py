@@ -12,7 +12,8 @@ kernel takes column 16 h + 8 g + 2 t + i of P for column 16 h + 4 t + 2 g + i; V
 
 Layout: q, k and 16-bit v (B, H, tokens, D'), 8-bit v (B, H, D', tokens), D' = 64 or 128, tokens padded to whole blocks.
 Padding, of channels and of tokens, is 0; what pads the text counts as padding in K and V. 16-bit operands are only
-gathered.
+gathered. Swizzled, for products that read them where bulk copies put them: v (B, H, key blocks, D', tokens of a block),
+and row n of every 8-bit operand with its 16-byte pieces p at p ⊕ (n mod 8), or at p ⊕ (n / 2 mod 4) in rows of 64.
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Operands:
     Attributes:
         q: (B, H, query tokens, D').
         k: (B, H, key tokens, D').
-        v: (B, H, D', key tokens) in 8 bits, else (B, H, key tokens, D').
+        v: (B, H, D', key tokens) in 8 bits, (B, H, key blocks, D', tokens) if swizzled; else (B, H, key tokens, D').
         q_scale: (B, H, query tokens) float32, softmax_scale · log2 e included; None for 16 bits.
         k_scale: (B, H, key blocks) float32; None for 16 bits.
         v_scale: (B, H, D') float32; None for 16 bits.
@@ -78,6 +79,16 @@ def _gather(x_ptr, stride_n, stride_d, position, real, D: tl.constexpr, D_PAD: t
 def _round(x):
     """Nearest integer of float32 |x| < 2²², ties to even, as int32."""
     return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _piece(row, column, BYTES: tl.constexpr, SWIZZLED: tl.constexpr):
+    """Where the bytes `column` of rows of 64 or 128 bytes lie in them."""
+    if SWIZZLED:
+        turn = row % 8 if BYTES == 128 else row // 2 % 4
+        return tl.max_contiguous(tl.multiple_of(column[None, :] ^ (turn * 16)[:, None], (1, 16)), (1, 16))
+    else:
+        return column[None, :]
 
 
 @triton.jit
@@ -195,7 +206,7 @@ def _rows_kernel(
     x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
     N, H, BLOCKS, factor, softmax_scale, smallest, norm,
-    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr, SWIZZLED: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H).
@@ -237,10 +248,10 @@ def _rows_kernel(
             scale = tl.maximum(largest / 127.0, smallest)
             tl.store(scale_ptr + rows, scale * factor)
             inverse = 1.0 / scale
-        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
-        tl.store(out, _round(left * inverse[:, None]).to(tl.int8))
+        out = out_ptr + rows[:, None] * D_PAD
+        tl.store(out + _piece(n, d, D_PAD, SWIZZLED), _round(left * inverse[:, None]).to(tl.int8))
         if D_PAD == 128:
-            tl.store(out + 64, _round(right * inverse[:, None]).to(tl.int8))
+            tl.store(out + _piece(n, d + 64, D_PAD, SWIZZLED), _round(right * inverse[:, None]).to(tl.int8))
         if HAS_SHIFT:
             shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
             if D_PAD == 128:
@@ -253,7 +264,7 @@ def _values_kernel(
     v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
     stride_b, stride_n, stride_h, stride_d,
     N, H,
-    STORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    STORED: tl.constexpr, SWIZZLED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """64 channels of one key block of V in 8 bits; grid (key blocks · D_PAD / 64, B·H)."""
     PARTS: tl.constexpr = D_PAD // 64
@@ -270,7 +281,11 @@ def _values_kernel(
     v = _gather(v_ptr, stride_n, stride_d, position, real, D - first, 64)
     tokens = blocks.to(tl.int64) * TOKENS
     scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
-    out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
+    if SWIZZLED:
+        rows = (bh * blocks + block) * D_PAD + d
+        out = out_ptr + rows[:, None] * TOKENS + _piece(d, place, TOKENS, True)
+    else:
+        out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
     if STORED == "int8":
         rounded = _round(scaled)
         tl.store(out, tl.trans(rounded.to(tl.int8)))
@@ -292,6 +307,7 @@ def prepare(
     precision: Precision,
     softmax_scale: float,
     with_shift: bool,
+    swizzled: bool = False,
 ) -> Operands:
     """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
 
@@ -304,6 +320,7 @@ def prepare(
         precision: Formats of the two products.
         softmax_scale: Factor on q·k.
         with_shift: Return `shift`, which lse needs.
+        swizzled: Store 8-bit operands swizzled.
     """
     batch, tokens, heads, channels = q.shape
     d_pad = 64 if channels <= 64 else 128
@@ -355,7 +372,7 @@ def prepare(
             x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, out_ptr=out, scale_ptr=scale,
             shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
             factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
-            HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
+            HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED, SWIZZLED=swizzled,
             **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=STAGES,
             num_warps=8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4,
         )  # fmt: skip
@@ -366,11 +383,12 @@ def prepare(
     if not scaled:
         v_ = gathered(v, key_blocks, block[1], precision.pv, False)
         return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
-    v_ = empty(d_pad, key_blocks * block[1], dtype=STORED[precision.pv])
+    v_shape = (key_blocks, d_pad, block[1]) if swizzled else (d_pad, key_blocks * block[1])
+    v_ = empty(*v_shape, dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
-        STORED=precision.pv, **sizes, TOKENS=block[1],
+        STORED=precision.pv, SWIZZLED=swizzled, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
 

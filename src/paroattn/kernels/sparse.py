@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..block_mask import BlockMask
 from ..precision import Precision
 from .prepare import LOG2_E, Operands, _signs, prepare
-from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, LOWEST_CAPABILITY, Ring, Tile, capability, tile_of
+from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, LOWEST_CAPABILITY, Pipeline, Ring, Tile, capability, tile_of
 from .toolchain import check_toolchain
 
 
@@ -237,11 +237,11 @@ def sparse_attention(
     if valid_tokens is None:
         valid_tokens = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
+        tile = tile_of(capability(q.device), precision, mask.block, 64 if q.shape[-1] <= 64 else 128)
         operands = prepare(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
-            softmax_scale=softmax_scale, with_shift=return_lse,
+            softmax_scale=softmax_scale, with_shift=return_lse, swizzled=isinstance(tile, Pipeline),
         )  # fmt: skip
-        tile = tile_of(capability(q.device), precision, mask.block, operands.q.shape[-1])
         return attend(
             operands, q.shape, q.dtype, table=table, order=order, mask=mask, precision=precision, tile=tile,
             softmax_scale=softmax_scale, valid=valid_tokens, return_lse=return_lse,
@@ -257,7 +257,7 @@ def attend(
     order: Tensor,
     mask: BlockMask,
     precision: Precision,
-    tile: Tile | Ring,
+    tile: Tile | Ring | Pipeline,
     softmax_scale: float,
     valid: Tensor,
     return_lse: bool,
@@ -288,6 +288,10 @@ def attend(
             operands.q, operands.k, operands.v, operands.v_start, block=mask.block, ring=tile,
             programs=programs, PV=precision.pv, **arguments,
         )  # fmt: skip
+    elif isinstance(tile, Pipeline):
+        from . import sm90
+
+        sm90.launch(operands, block=mask.block, pipeline=tile, programs=programs, pv=precision.pv, **arguments)
     else:
         scale = softmax_scale * LOG2_E
         _launch(

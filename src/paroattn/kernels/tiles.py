@@ -46,6 +46,31 @@ class Ring:
     matrix_sums: bool = False
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """How a program of `sm90.py` is compiled.
+
+    Attributes:
+        programs: Programs that share a multiprocessor.
+        stages: Key blocks in its ring.
+        warpgroups: Warpgroups of 64 rows that share the ring; more than one has a producer warpgroup beside them.
+        ahead: Multiply the values of a block while the weights of the next are made.
+        turns: Two warpgroups start products in turns.
+        promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32; 0: all.
+        matrix_sums: FP8 rows are summed by matrix units, after rounding.
+        on_fma: Of sixteen exponentials, those computed by multiplications.
+    """
+
+    programs: int
+    stages: int
+    warpgroups: int = 1
+    ahead: bool = False
+    turns: bool = False
+    promote: int = 1
+    matrix_sums: bool = False
+    on_fma: int = 0
+
+
 TILES = {
     # (from capability, format of P·V, D'): fastest of those measured on an H200 from (9, 0) on, else without spills
     ((9, 0), "fp8", 128): Tile(64, 4, 3, descriptors=True),

@@ -1,4 +1,4 @@
-// The instructions of sm_90a that hopper.cu uses, each under a name. Addresses of shared memory are 32-bit numbers.
+// The instructions of sm_90a that sm90.cu uses, each under a name. Addresses of shared memory are 32-bit numbers.
 #pragma once
 
 typedef unsigned char u8;

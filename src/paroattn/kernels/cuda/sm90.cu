@@ -20,7 +20,7 @@
 //
 // Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes whose 16-byte pieces are swizzled, a block
 // without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
-#include <hopper_ptx.cuh>
+#include <sm90_ptx.cuh>
 
 constexpr int ROWS = 64;
 constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
@@ -485,7 +485,7 @@ DEVICE void set_up(u32 memory) {
     synchronize();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) hopper_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
     const u8* q, const u8* k, const u8* v, const float* q_scale, const float* k_scale, const float* v_scale,
     const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
     const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,

@@ -1,0 +1,434 @@
+// Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a program take turns as fibres, in an order that a
+// seed decides, and everything asynchronous happens as late as it may: copies when a seeded coin says so or nobody can
+// go on, products when a thread waits for them. Reading or writing what is still under way gives wrong results.
+//
+// Layouts are those of the PTX manual: registers of wgmma's A and D, matrix descriptors and their swizzles.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE inline
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace machine {
+
+constexpr u32 BASE = 1024, SHARED = 227 * 1024;
+constexpr size_t STACK = 256 * 1024;
+
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "%s\n", what);
+    std::_Exit(3);
+}
+
+inline void check(bool right, const char* what) {
+    if (!right) fail(what);
+}
+
+struct Barrier {
+    u32 arrivals, waiting, odd = 0;
+    long bytes = 0;
+    void turn() {
+        if (waiting == 0 && bytes == 0) waiting = arrivals, odd ^= 1;
+    }
+};
+
+struct Meeting {  // of lanes, of threads at a named barrier, or of all
+    u32 here = 0, times = 0;
+};
+
+struct Copy {
+    u32 to, bytes, barrier;
+    const void* from;
+};
+
+struct Product {
+    bool int8, from_memory, add;
+    int columns;
+    u64 a, b;
+    const u32* four[4];
+    void* sums;
+};
+
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    std::deque<std::vector<Product>> groups;  // committed, the oldest first
+    std::vector<Product> open;
+    long committed = 0, finished = 0;
+};
+
+struct Program {
+    std::vector<u8> shared = std::vector<u8>(BASE + SHARED, 0xA5);
+    std::map<u32, Barrier> barriers;
+    std::vector<Copy> copies;
+    std::map<int, Meeting> named;
+    std::map<int, Meeting> warps;
+    std::map<int, std::vector<u64>> lanes;
+    Meeting all;
+    std::vector<Fibre> fibres;
+    ucontext_t scheduler;
+    int current = 0, index = 0;
+    bool moved = true;
+    std::mt19937 coin;
+    std::function<void()> body;
+};
+
+inline Program* now = nullptr;
+
+inline void yield() { swapcontext(&now->fibres[now->current].context, &now->scheduler); }
+
+template <class Condition>
+void wait_until(Condition condition) {
+    while (!condition()) yield();
+    now->moved = true;
+}
+
+inline Barrier& barrier(u32 at) {
+    auto found = now->barriers.find(at);
+    check(found != now->barriers.end(), "a barrier is used before it is made");
+    return found->second;
+}
+
+inline void deliver(size_t which) {
+    const Copy copy = now->copies[which];
+    now->copies.erase(now->copies.begin() + which);
+    std::memcpy(now->shared.data() + copy.to, copy.from, copy.bytes);
+    Barrier& b = barrier(copy.barrier);
+    b.bytes -= copy.bytes;
+    b.turn();
+    now->moved = true;
+}
+
+inline void enter() {
+    now->body();
+    now->fibres[now->current].done = true;
+    now->moved = true;
+    yield();
+}
+
+inline void run(int index, int threads, unsigned seed, std::function<void()> body) {
+    Program program;
+    now = &program;
+    program.index = index;
+    program.coin.seed(seed + 977 * index);
+    program.body = body;
+    program.fibres = std::vector<Fibre>(threads);
+    for (auto& fibre : program.fibres) {
+        fibre.stack.reset(new char[STACK]);
+        getcontext(&fibre.context);
+        fibre.context.uc_stack.ss_sp = fibre.stack.get();
+        fibre.context.uc_stack.ss_size = STACK;
+        fibre.context.uc_link = &program.scheduler;
+        makecontext(&fibre.context, (void (*)())enter, 0);
+    }
+    std::vector<int> warps(threads / 32);
+    for (size_t i = 0; i < warps.size(); ++i) warps[i] = i;
+    for (bool left = true; left;) {
+        program.moved = false;
+        left = false;
+        std::shuffle(warps.begin(), warps.end(), program.coin);
+        for (int warp : warps) {
+            if (program.coin() % 4 == 0) {  // this warp is late
+                program.moved = true, left = true;
+                continue;
+            }
+            for (int lane = 0; lane < 32; ++lane) {
+                program.current = warp * 32 + lane;
+                Fibre& fibre = program.fibres[program.current];
+                if (!fibre.done) swapcontext(&program.scheduler, &fibre.context);
+                left |= !fibre.done;
+            }
+        }
+        for (size_t i = program.copies.size(); i-- > 0;)
+            if (program.coin() % 8 == 0) deliver(i);
+        if (!program.moved && !program.copies.empty()) deliver(program.coin() % program.copies.size());
+        check(program.moved || !left, "all threads wait for ever");
+    }
+    check(program.copies.empty(), "a copy is under way when the program ends");
+    for (auto& fibre : program.fibres) check(fibre.groups.empty() && fibre.open.empty(), "products are never waited for");
+}
+
+// Everyone of `count` threads comes.
+inline void meet(Meeting& meeting, u32 count, bool stay = true) {
+    const u32 times = meeting.times;
+    if (++meeting.here == count) meeting.here = 0, ++meeting.times;
+    check(meeting.here < count, "more threads than a barrier is for");
+    now->moved = true;
+    if (stay) wait_until([&] { return meeting.times != times; });
+}
+
+// What every lane of the warp gives.
+inline std::vector<u64> exchange(u64 value) {
+    const int warp = now->current / 32;
+    auto& lanes = now->lanes[warp];
+    lanes.resize(64);
+    const u32 half = now->warps[warp].times % 2 * 32;
+    lanes[half + now->current % 32] = value;
+    meet(now->warps[warp], 32);
+    return {lanes.begin() + half, lanes.begin() + half + 32};
+}
+
+inline float fp8(u8 x) {
+    const int exponent = x >> 3 & 15, mantissa = x & 7;
+    check((x & 0x7F) != 0x7F, "an FP8 operand is no number");
+    const float value = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    return x & 0x80 ? -value : value;
+}
+
+inline u8 to_fp8(float x) {
+    check(!std::isnan(x), "FP8 of no number");
+    const u8 sign = std::signbit(x) ? 0x80 : 0;
+    x = std::fmin(std::fabs(x), 448.0f);
+    if (x == 0) return sign;
+    int exponent = std::fmax(std::ilogb(x), -6);
+    int steps = (int)std::nearbyint(std::ldexp(x, 3 - exponent));
+    if (steps == 16) steps = 8, ++exponent;
+    return sign | (steps < 8 ? steps : (exponent + 7) << 3 | (steps - 8));
+}
+
+// Byte k of row n of a matrix descriptor.
+inline u8 element(u64 matrix, int n, int k) {
+    const u32 swizzle = matrix >> 62, stride = (matrix >> 32 & 0x3FFF) << 4, start = (matrix & 0x3FFF) << 4;
+    const int row = swizzle == 1 ? 128 : swizzle == 2 ? 64 : (fail("a matrix must be swizzled by 128 or 64"), 0);
+    const u32 at = start + n / 8 * stride + n % 8 * row + k;
+    const u32 physical = at ^ (at >> 7 & (row / 16 - 1)) << 4;
+    check(physical < BASE + SHARED, "a matrix lies outside of shared memory");
+    return now->shared[physical];
+}
+
+// One product of a warpgroup: 32 of K for all columns.
+inline void multiply(int warpgroup, size_t which) {
+    Fibre* threads = &now->fibres[warpgroup * 128];
+    const Product first = threads[0].groups.front()[which];
+    static std::vector<double> b;
+    b.resize(32 * first.columns);
+    for (int n = 0; n < first.columns; ++n)
+        for (int k = 0; k < 32; ++k) {
+            const u8 x = element(first.b, n, k);
+            b[k * first.columns + n] = first.int8 ? (double)(signed char)x : fp8(x);
+        }
+    for (int row = 0; row < 64; ++row) {
+        double a[32];
+        for (int k = 0; k < 32; ++k) {
+            if (first.from_memory) {
+                a[k] = (signed char)element(first.a, row, k);
+            } else {  // register (row % 16 / 8) + 2 (k / 16) of lane 4 (row % 8) + k % 16 / 4, byte k % 4
+                const Fibre& owner = threads[row / 16 * 32 + row % 8 * 4 + k % 16 / 4];
+                const u32 four = *owner.groups.front()[which].four[row % 16 / 8 + k / 16 * 2];
+                const u8 x = four >> k % 4 * 8 & 0xFF;
+                a[k] = first.int8 ? (double)x : fp8(x);
+            }
+        }
+        for (int n = 0; n < first.columns; ++n) {
+            double sum = 0;
+            for (int k = 0; k < 32; ++k) sum += a[k] * b[k * first.columns + n];
+            // column n of a row: register 4 (n / 8) + 2 (row % 16 / 8) + n % 2 of lane 4 (row % 8) + n % 8 / 2
+            const Product& own = threads[row / 16 * 32 + row % 8 * 4 + n % 8 / 2].groups.front()[which];
+            check(own.b == first.b && own.a == first.a && own.add == first.add, "threads differ about a product");
+            const int place = n / 8 * 4 + row % 16 / 8 * 2 + n % 2;
+            if (first.int8) {
+                u32& to = ((u32*)own.sums)[place];
+                to = (own.add ? to : 0) + (u32)(int64_t)sum;
+            } else {
+                float& to = ((float*)own.sums)[place];
+                to = (own.add ? to : 0.0f) + (float)sum;
+            }
+        }
+    }
+}
+
+}  // namespace machine
+
+DEVICE int thread() { return machine::now->current; }
+DEVICE int program() { return machine::now->index; }
+
+DEVICE float as_float(u32 x) {
+    float y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+
+DEVICE u32 as_bits(float x) {
+    u32 y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+
+DEVICE u32 shared_memory() { return machine::BASE; }
+
+DEVICE void write_shared(u32 address, u32 value) {
+    machine::check(address >= machine::BASE && address % 4 == 0 && address + 4 <= machine::BASE + machine::SHARED,
+                   "a write outside of shared memory");
+    std::memcpy(machine::now->shared.data() + address, &value, 4);
+}
+
+DEVICE u32 read_shared(u32 address) {
+    u32 value;
+    std::memcpy(&value, machine::now->shared.data() + address, 4);
+    return value;
+}
+
+DEVICE void barrier_init(u32 at, u32 arrivals) { machine::now->barriers[at] = {arrivals, arrivals}; }
+
+DEVICE void barrier_expect(u32 at, u32 bytes) {
+    auto& barrier = machine::barrier(at);
+    machine::check(barrier.waiting > 0, "more arrivals than a barrier is for");
+    barrier.bytes += bytes;
+    --barrier.waiting;
+    barrier.turn();
+    machine::now->moved = true;
+}
+
+DEVICE void barrier_arrive(u32 at) { barrier_expect(at, 0); }
+
+DEVICE void barrier_wait(u32 at, u32 parity) {
+    machine::wait_until([=] { return machine::barrier(at).odd != parity; });
+}
+
+DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    machine::check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a bulk copy is of 16-byte pieces");
+    machine::check(to >= machine::BASE && to + bytes <= machine::BASE + machine::SHARED, "a copy outside of shared memory");
+    std::memset(machine::now->shared.data() + to, 0x7F, bytes);  // what is there is lost at once
+    machine::now->copies.push_back({to, bytes, barrier, from});
+}
+
+DEVICE void publish() {}
+DEVICE void synchronize() { machine::meet(machine::now->all, machine::now->fibres.size()); }
+
+template <int THREADS>
+void turn_wait(int turn) {
+    machine::meet(machine::now->named[turn], THREADS);
+}
+
+template <int THREADS>
+void turn_give(int turn) {
+    machine::meet(machine::now->named[turn], THREADS, false);
+}
+
+template <int COUNT>
+void more_registers() {}
+template <int COUNT>
+void fewer_registers() {}
+
+DEVICE bool any_lane(bool x) {
+    bool any = false;
+    for (u64 lane : machine::exchange(x)) any |= lane;
+    return any;
+}
+
+DEVICE u32 from_lane(u32 x, int distance) { return machine::exchange(x)[machine::now->current % 32 ^ distance]; }
+DEVICE float from_lane(float x, int distance) { return as_float(from_lane(as_bits(x), distance)); }
+
+DEVICE float exp2_unit(float x) {
+    const float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0 : y;
+}
+
+DEVICE float log2_unit(float x) { return std::log2(x); }
+DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+DEVICE u32 larger(u32 a, u32 b) { return (int)a > (int)b ? a : b; }
+DEVICE float reciprocal(float x) { return 1 / x; }
+DEVICE float to_float(u32 x) { return (float)(int)x; }
+DEVICE u32 add_bytes(u32 x, u32 sum) { return sum + (x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24); }
+
+DEVICE u32 pack_fp8(float a, float b, float c, float d) {
+    using machine::to_fp8;
+    return to_fp8(a) | to_fp8(b) << 8 | to_fp8(c) << 16 | (u32)to_fp8(d) << 24;
+}
+
+DEVICE u32 pack_bytes(float a, float b, float c, float d) {
+    u32 packed = 0, shift = 0;
+    for (float x : {a, b, c, d}) {
+        x = (float)(_Float16)((float)(_Float16)x + 1024.0f) - 1024.0f;
+        machine::check(x >= 0 && x <= 255, "a weight does not fit into a byte");
+        packed |= (u32)x << shift, shift += 8;
+    }
+    return packed;
+}
+
+DEVICE u32 pack_fp16(float a, float b) {
+    const _Float16 both[2] = {(_Float16)a, (_Float16)b};
+    u32 packed;
+    std::memcpy(&packed, both, 4);
+    return packed;
+}
+
+DEVICE u32 pack_bf16(float a, float b) {
+    u32 packed[2];
+    for (int i = 0; i < 2; ++i) {
+        const u32 x = as_bits(i ? b : a);
+        packed[i] = (x + 0x7FFF + (x >> 16 & 1)) >> 16;
+    }
+    return packed[0] | packed[1] << 16;
+}
+
+template <int ROW_BYTES>
+u64 descriptor(u32 address) {
+    const u64 swizzle = ROW_BYTES == 128 ? 1 : 2;
+    machine::check(address % (8 * ROW_BYTES) == 0, "a matrix starts where its swizzle repeats");
+    return swizzle << 62 | (u64)(8 * ROW_BYTES >> 4) << 32 | (u64)(address >> 4);
+}
+
+DEVICE void products_begin() {}
+
+DEVICE void products_commit() {
+    auto& fibre = machine::now->fibres[machine::now->current];
+    fibre.groups.push_back(std::move(fibre.open));
+    fibre.open.clear();
+    ++fibre.committed;
+}
+
+template <int GROUPS>
+void products_wait() {
+    const int mine = machine::now->current, warpgroup = mine / 128;
+    auto* threads = &machine::now->fibres[warpgroup * 128];
+    auto& fibre = machine::now->fibres[mine];
+    const long wanted = fibre.committed - GROUPS;
+    while (fibre.finished < wanted) {
+        const long next = fibre.finished + 1;
+        machine::wait_until([&] {  // until all threads have started them, or somebody has done them for all
+            bool all = true;
+            for (int i = 0; i < 128; ++i) all &= threads[i].committed >= next;
+            return all || fibre.finished >= next;
+        });
+        if (fibre.finished >= next) continue;
+        for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(warpgroup, i);
+        for (int i = 0; i < 128; ++i) threads[i].groups.pop_front(), ++threads[i].finished;
+    }
+}
+
+template <class T, int N>
+void settle(T (&)[N]) {}
+
+template <int COUNT>
+void multiply_scores(u32 (&scores)[COUNT], u64 q, u64 k) {
+    machine::now->fibres[machine::now->current].open.push_back({true, true, true, 2 * COUNT, q, k, {}, scores});
+}
+
+template <class T, int COUNT>
+void multiply_values(T (&sums)[COUNT], const u32& a, const u32& b, const u32& c, const u32& d, u64 v, bool add) {
+    machine::now->fibres[machine::now->current].open.push_back(
+        {sizeof(T) == 4 && T(0.5f) == T(0), false, add, 2 * COUNT, 0, v, {&a, &b, &c, &d}, sums});
+}
