@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel for Hopper on a CPU: its source runs on an emulated warpgroup, with layouts as the PTX manual has them.
+"""The CUDA C++ kernel for Hopper on a CPU: its source runs on emulated warpgroups, with the PTX manual's layouts.
 
 Copies and products are done as late as they may be there, and warps come late at random.
 """
@@ -114,7 +114,7 @@ def blocked_values(v: Tensor, keys: int) -> Tensor:
 
 
 def fp8_values(v: Tensor, v_scale: Tensor, tokens: int) -> Tensor:
-    """V of (B, N, H, D) in FP8, transposed and its tokens renamed, (B, H, D', tokens); Triton's interpreter rounds wrong."""
+    """V in FP8, transposed and renamed, (B, H, D', tokens), which Triton's interpreter rounds wrong."""
     scaled = to_kernel_order(v.float(), TABLE, ORDER).mT / v_scale[..., : v.shape[-1], None]
     padded = scaled.new_zeros(*v_scale.shape, tokens)
     padded[:, :, : v.shape[-1], : v.shape[1]] = scaled

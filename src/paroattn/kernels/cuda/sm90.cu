@@ -168,7 +168,7 @@ DEVICE float exp2_multiplied(float x) {
 // them in registers 4 c + 2 r + i.
 struct Rows {
     float q_scale[2], m[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
-    float share[2], shrink[2];  // of the block; of what was added before it
+    float share[2] = {1, 1}, shrink[2];  // of the block; of what was added before it
     bool grown;
 
     // Biased scores → p, of a float's bits, and all that depends on maxima.
@@ -178,13 +178,15 @@ struct Rows {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             scale[r] = q_scale[r] * k_scale;
-            top[r] = larger(s[2 * r], s[2 * r + 1]);
+            u32 half[2] = {larger(s[2 * r], s[2 * r + 1]), larger(s[4 + 2 * r], s[5 + 2 * r])};
 #pragma unroll
-            for (int c = 1; c < SCORES / 4; ++c)
-                top[r] = larger(larger(top[r], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
+            for (int c = 2; c < SCORES / 4; ++c)
+                half[c % 2] = larger(larger(half[c % 2], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
+            top[r] = larger(half[0], half[1]);
             if (INT8_VALUES) top[r] = row_maximum(top[r]);
             highest[r] = (as_float(top[r]) - BIAS) * scale[r];
         }
+        shrink[0] = shrink[1] = 1;
         grown = any_lane(highest[0] > m[0] + SLACK || highest[1] > m[1] + SLACK);
         if (grown) {
 #pragma unroll
@@ -259,9 +261,14 @@ struct Consumer {
         for (int i = 0; i < SUMS; ++i) acc[i] = 0, sums[i] = 0;
     }
 
-    DEVICE void start_scores(const Place& at) {
+    // Scores of nothing, early, since it takes as many instructions as there are scores.
+    DEVICE void clear() {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
+        settle(s);
+    }
+
+    DEVICE void start_scores(const Place& at) {
         products_begin();
         const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
         const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
@@ -273,7 +280,7 @@ struct Consumer {
     DEVICE void start_values(const Place& at, int i) {
         products_begin();
         const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
-        const bool fresh = PROMOTE && i % PROMOTE == 0;
+        const bool fresh = PROMOTE > 0 && i % (PROMOTE + !PROMOTE) == 0;
 #pragma unroll
         for (int c = 0; c < KEYS / 32; ++c) {
             const u32* four = p + 4 * c;
@@ -298,23 +305,24 @@ struct Consumer {
             if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
     }
 
-    // The product of block i, complete, into acc.
-    DEVICE void add(int i, const float (&share)[2]) {
-        if (PROMOTE > 1 && i % PROMOTE != PROMOTE - 1 && i != w.count - 1) return;
-        if (PROMOTE == 0) return;
-#pragma unroll
-        for (int d = 0; d < SUMS; ++d)
-            acc[d] = INT8_VALUES ? multiply_add(to_float((u32)sums[d]), share[d / 2 % 2], acc[d]) : acc[d] + sums[d];
-    }
-
-    // What has been added, in the scale of the new maxima.
-    DEVICE void shrink() {
+    // What has been added in the scale of the new maxima: in float32, and in the matrix units' registers.
+    template <int N, class T>
+    DEVICE void shrink(T (&sum)[N]) {
         if (!rows.grown) return;
 #pragma unroll
-        for (int d = 0; d < SUMS; ++d) {
-            acc[d] *= rows.shrink[d / 2 % 2];
-            if (PROMOTE > 1) sums[d] *= rows.shrink[d / 2 % 2];
-        }
+        for (int d = 0; d < N; ++d) sum[d] *= rows.shrink[d / 2 % 2];
+    }
+
+    // Whether the products of block i, or of −1, before all, complete a sum.
+    DEVICE bool is_promoted(int i) {
+        return PROMOTE > 0 && (i + 1) % (PROMOTE + !PROMOTE) == 0;
+    }
+
+    // Products, complete, into acc.
+    DEVICE void promote(const float (&factor)[2]) {
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d)
+            acc[d] = multiply_add(INT8_VALUES ? to_float((u32)sums[d]) : (float)sums[d], factor[d / 2 % 2], acc[d]);
     }
 
     DEVICE void settle_sums() {
@@ -336,6 +344,7 @@ struct Consumer {
     DEVICE void in_order(Refill refill) {
         Place now;
         for (int i = 0; i < w.count; ++i) {
+            clear();
             barrier_wait(now.full(memory), now.odd);
             start_scores(now);
             if (i > 0) refill();
@@ -343,13 +352,14 @@ struct Consumer {
             products_wait<0>();
             settle(s);
             weigh(i, scale);
-            shrink();
+            shrink(acc);
+            if constexpr (PROMOTE > 1) shrink(sums);
             rows.round(s, p);
             start_values(now, i);
             products_wait<0>();
             settle_sums();
             release(now);
-            add(i, rows.share);
+            if (is_promoted(i) || (PROMOTE > 0 && i + 1 == w.count)) promote(rows.share);
             now.next();
         }
     }
@@ -360,6 +370,7 @@ struct Consumer {
         if (w.count == 0) return;
         if (TURNS && warpgroup == 1 && w.count > 1) turn_give<CONSUMERS>(1);
         Place now;
+        clear();
         barrier_wait(now.full(memory), now.odd);
         start_scores(now);
         products_wait<0>();
@@ -369,6 +380,7 @@ struct Consumer {
         for (int i = 1; i < w.count; ++i) {
             const Place before = now;
             now.next();
+            clear();
             barrier_wait(now.full(memory), now.odd);
             if (TURNS) turn_wait<CONSUMERS>(1 + warpgroup);
             start_scores(now);
@@ -379,17 +391,24 @@ struct Consumer {
             products_wait<1>();
             settle(s);
             weigh(i, scale);
+            settle(s);
+            if constexpr (PROMOTE > 0) shrink(acc);  // a branch: the compiler moves no weights behind the wait
             products_wait<0>();
             settle_sums();
             release(before);
-            add(i - 1, share);
-            shrink();
+            const float factor[2] = {share[0] * rows.shrink[0], share[1] * rows.shrink[1]};
+            if constexpr (PROMOTE == 0)
+                shrink(acc);
+            else if (is_promoted(i - 1))
+                promote(factor);
+            else
+                shrink(sums);
             rows.round(s, p);
         }
         start_values(now, w.count - 1);
         products_wait<0>();
         settle_sums();
-        add(w.count - 1, rows.share);
+        if (PROMOTE > 0) promote(rows.share);
     }
 
     // acc / total to its places in the model's order.
