@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,45 +35,49 @@ from shapes import SHAPES, block_mask, draw, kept_pairs, tensors
 from timing import gpu_medians
 
 ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
-PAIR = {"programs": 1, "warpgroups": 2, "ahead": True}
+CLUSTER = Pipeline(programs=3, stages=2, cluster=2)
+PAIR = Pipeline(programs=1, stages=5, warpgroups=2, ahead=True)
+TURNS, SUMMED = replace(PAIR, turns=True), replace(ALONE[64], matrix_sums=True)
+AHEAD = Pipeline(programs=3, stages=3, ahead=True)
 VARIANTS = {
     (128, "fp8"): {
         "alone": ALONE[128],
-        "alone, summed by matrices, never promoted": Pipeline(3, 2, promote=0, matrix_sums=True),
-        "pair": Pipeline(stages=5, **PAIR),
-        "pair, summed by matrices": Pipeline(stages=5, matrix_sums=True, **PAIR),
-        "pair, in turns": Pipeline(stages=5, turns=True, matrix_sums=True, **PAIR),
-        "pair, in turns, promoted every second": Pipeline(stages=5, turns=True, matrix_sums=True, promote=2, **PAIR),
-        "pair, promoted every second": Pipeline(stages=5, matrix_sums=True, promote=2, **PAIR),
-        "pair, in turns, promoted every fourth": Pipeline(stages=5, turns=True, matrix_sums=True, promote=4, **PAIR),
-        "pair, in turns, never promoted": Pipeline(stages=5, turns=True, matrix_sums=True, promote=0, **PAIR),
-        "pair, in turns, 1/8 multiplied": Pipeline(stages=5, turns=True, matrix_sums=True, on_fma=2, **PAIR),
-        "pair, one after the other": Pipeline(1, 5, warpgroups=2, matrix_sums=True),
+        "cluster": CLUSTER,
+        "cluster, summed by matrices": replace(CLUSTER, matrix_sums=True),
+        "cluster, summed by matrices, never promoted": replace(CLUSTER, matrix_sums=True, promote=0),
+        "cluster, 1/16 multiplied": replace(CLUSTER, on_fma=1),
+        "pair, one after the other": replace(PAIR, ahead=False, matrix_sums=True),
+        "pair": PAIR,
+        "pair, summed by matrices": replace(PAIR, matrix_sums=True),
+        "pair, in turns": replace(TURNS, matrix_sums=True),
+        "pair, in turns, promoted every second": replace(TURNS, matrix_sums=True, promote=2),
+        "pair, in turns, never promoted": replace(TURNS, matrix_sums=True, promote=0),
+        "pair, in turns, 1/8 multiplied": replace(TURNS, matrix_sums=True, on_fma=2),
     },
     (128, "int8"): {
         "alone": ALONE[128],
-        "pair": Pipeline(stages=5, **PAIR),
-        "pair, in turns": Pipeline(stages=5, turns=True, **PAIR),
-        "pair, in turns, 1/16 multiplied": Pipeline(stages=5, turns=True, on_fma=1, **PAIR),
-        "pair, one after the other": Pipeline(1, 5, warpgroups=2),
+        "cluster": CLUSTER,
+        "cluster, 1/16 multiplied": replace(CLUSTER, on_fma=1),
+        "pair": PAIR,
+        "pair, in turns": TURNS,
     },
     (64, "fp8"): {
         "alone": ALONE[64],
-        "alone, summed by matrices": Pipeline(4, 2, matrix_sums=True),
-        "alone, summed by matrices, three stages": Pipeline(4, 3, matrix_sums=True),
-        "alone, summed by matrices, never promoted": Pipeline(4, 2, matrix_sums=True, promote=0),
-        "alone, summed by matrices, 1/16 multiplied": Pipeline(4, 2, matrix_sums=True, on_fma=1),
-        "alone, summed by matrices, 1/8 multiplied": Pipeline(4, 2, matrix_sums=True, on_fma=2),
-        "alone, summed by matrices, 3/16 multiplied": Pipeline(4, 2, matrix_sums=True, on_fma=3),
-        "ahead, summed by matrices": Pipeline(3, 3, ahead=True, matrix_sums=True),
-        "ahead, summed by matrices, 1/8 multiplied": Pipeline(3, 3, ahead=True, matrix_sums=True, on_fma=2),
+        "alone, three stages": replace(ALONE[64], stages=3),
+        "alone, summed by matrices": SUMMED,
+        "alone, summed by matrices, never promoted": replace(SUMMED, promote=0),
+        "alone, summed by matrices, 1/16 multiplied": replace(SUMMED, on_fma=1),
+        "alone, summed by matrices, 1/8 multiplied": replace(SUMMED, on_fma=2),
+        "alone, summed by matrices, 3/16 multiplied": replace(SUMMED, on_fma=3),
+        "ahead, summed by matrices": replace(AHEAD, matrix_sums=True),
+        "ahead, summed by matrices, 1/8 multiplied": replace(AHEAD, matrix_sums=True, on_fma=2),
     },
     (64, "int8"): {
         "alone": ALONE[64],
-        "alone, three stages": Pipeline(4, 3),
-        "alone, 1/16 multiplied": Pipeline(4, 2, on_fma=1),
-        "alone, 1/8 multiplied": Pipeline(4, 2, on_fma=2),
-        "ahead": Pipeline(3, 3, ahead=True),
+        "alone, three stages": replace(ALONE[64], stages=3),
+        "alone, 1/16 multiplied": replace(ALONE[64], on_fma=1),
+        "alone, 1/8 multiplied": replace(ALONE[64], on_fma=2),
+        "ahead": AHEAD,
     },
 }
 BLOCK = {64: "64x128", 128: "128x128"}

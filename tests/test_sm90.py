@@ -159,6 +159,7 @@ CASES = {
     "alone, small blocks": (ALONE, 128, (128, 64)),
     "alone, few channels": (replace(ALONE, programs=4), 64, (64, 128)),
     "alone, ragged channels": (ALONE, 41, (64, 64)),
+    "cluster": (replace(ALONE, cluster=2), 128, (128, 128)),
     "ahead": (AHEAD, 64, (64, 128)),
     "pair": (PAIR, 128, (128, 128)),
     "pair in turns": (replace(PAIR, turns=True, stages=4), 128, (128, 128)),

@@ -7,8 +7,8 @@ extern "C" int emulate(int programs, unsigned seed, int threads, const u8* q, co
                        const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
                        int row_blocks, int key_blocks, int mask_bytes) {
     machine::check(threads == THREADS, "a launch with another number of threads");
-    for (int program = 0; program < programs; ++program)
-        machine::run(program, THREADS, seed, [&] {
+    for (int program = 0; program < programs; program += CLUSTER)
+        machine::run(program, CLUSTER, THREADS, seed, [&] {
             sm90_attention(q, k, v, q_scale, k_scale, v_scale, shift, lists, counts, bits, tiles, table, order, valid,
                              out, lse, batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes);
         });

@@ -1,4 +1,4 @@
-// Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a program take turns as fibres, in an order that a
+// Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a cluster take turns as fibres, in an order that a
 // seed decides, and everything asynchronous happens as late as it may: copies when a seeded coin says so or nobody can
 // go on, products when a thread waits for them. Reading or writing what is still under way gives wrong results.
 //
@@ -29,6 +29,7 @@ typedef unsigned long long u64;
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 
 namespace machine {
 
@@ -57,6 +58,7 @@ struct Meeting {  // of lanes, of threads at a named barrier, or of all
 };
 
 struct Copy {
+    int program;
     u32 to, bytes, barrier;
     const void* from;
 };
@@ -76,25 +78,27 @@ struct Fibre {
     std::deque<std::vector<Product>> groups;  // committed, the oldest first
     std::vector<Product> open;
     long committed = 0, finished = 0;
+    u32 met = 0;
 };
 
-struct Program {
-    std::vector<u8> shared = std::vector<u8>(BASE + SHARED, 0xA5);
-    std::map<u32, Barrier> barriers;
+struct Cluster {
+    std::vector<std::vector<u8>> shared;       // of each program of the cluster
+    std::map<std::pair<int, u32>, Barrier> barriers;
     std::vector<Copy> copies;
-    std::map<int, Meeting> named;
+    std::map<std::pair<int, int>, Meeting> named;
     std::map<int, Meeting> warps;
     std::map<int, std::vector<u64>> lanes;
-    Meeting all;
+    std::map<int, Meeting> all;
+    Meeting cluster;
     std::vector<Fibre> fibres;
     ucontext_t scheduler;
-    int current = 0, index = 0;
+    int current = 0, index = 0, threads = 0;
     bool moved = true;
     std::mt19937 coin;
     std::function<void()> body;
 };
 
-inline Program* now = nullptr;
+inline Cluster* now = nullptr;
 
 inline void yield() { swapcontext(&now->fibres[now->current].context, &now->scheduler); }
 
@@ -104,8 +108,10 @@ void wait_until(Condition condition) {
     now->moved = true;
 }
 
-inline Barrier& barrier(u32 at) {
-    auto found = now->barriers.find(at);
+inline int own() { return now->current / now->threads; }  // program of the cluster
+
+inline Barrier& barrier(u32 at, int program) {
+    auto found = now->barriers.find({program, at});
     check(found != now->barriers.end(), "a barrier is used before it is made");
     return found->second;
 }
@@ -113,8 +119,8 @@ inline Barrier& barrier(u32 at) {
 inline void deliver(size_t which) {
     const Copy copy = now->copies[which];
     now->copies.erase(now->copies.begin() + which);
-    std::memcpy(now->shared.data() + copy.to, copy.from, copy.bytes);
-    Barrier& b = barrier(copy.barrier);
+    std::memcpy(now->shared[copy.program].data() + copy.to, copy.from, copy.bytes);
+    Barrier& b = barrier(copy.barrier, copy.program);
     b.bytes -= copy.bytes;
     b.turn();
     now->moved = true;
@@ -127,46 +133,49 @@ inline void enter() {
     yield();
 }
 
-inline void run(int index, int threads, unsigned seed, std::function<void()> body) {
-    Program program;
-    now = &program;
-    program.index = index;
-    program.coin.seed(seed + 977 * index);
-    program.body = body;
-    program.fibres = std::vector<Fibre>(threads);
-    for (auto& fibre : program.fibres) {
+// The programs of a cluster, the first of which is program `index`.
+inline void run(int index, int programs, int threads, unsigned seed, std::function<void()> body) {
+    Cluster cluster;
+    now = &cluster;
+    cluster.index = index;
+    cluster.threads = threads;
+    cluster.shared.resize(programs, std::vector<u8>(BASE + SHARED, 0xA5));
+    cluster.coin.seed(seed + 977 * index);
+    cluster.body = body;
+    cluster.fibres = std::vector<Fibre>(threads * programs);
+    for (auto& fibre : cluster.fibres) {
         fibre.stack.reset(new char[STACK]);
         getcontext(&fibre.context);
         fibre.context.uc_stack.ss_sp = fibre.stack.get();
         fibre.context.uc_stack.ss_size = STACK;
-        fibre.context.uc_link = &program.scheduler;
+        fibre.context.uc_link = &cluster.scheduler;
         makecontext(&fibre.context, (void (*)())enter, 0);
     }
-    std::vector<int> warps(threads / 32);
+    std::vector<int> warps(threads * programs / 32);
     for (size_t i = 0; i < warps.size(); ++i) warps[i] = i;
     for (bool left = true; left;) {
-        program.moved = false;
+        cluster.moved = false;
         left = false;
-        std::shuffle(warps.begin(), warps.end(), program.coin);
+        std::shuffle(warps.begin(), warps.end(), cluster.coin);
         for (int warp : warps) {
-            if (program.coin() % 4 == 0) {  // this warp is late
-                program.moved = true, left = true;
+            if (cluster.coin() % 4 == 0) {  // this warp is late
+                cluster.moved = true, left = true;
                 continue;
             }
             for (int lane = 0; lane < 32; ++lane) {
-                program.current = warp * 32 + lane;
-                Fibre& fibre = program.fibres[program.current];
-                if (!fibre.done) swapcontext(&program.scheduler, &fibre.context);
+                cluster.current = warp * 32 + lane;
+                Fibre& fibre = cluster.fibres[cluster.current];
+                if (!fibre.done) swapcontext(&cluster.scheduler, &fibre.context);
                 left |= !fibre.done;
             }
         }
-        for (size_t i = program.copies.size(); i-- > 0;)
-            if (program.coin() % 8 == 0) deliver(i);
-        if (!program.moved && !program.copies.empty()) deliver(program.coin() % program.copies.size());
-        check(program.moved || !left, "all threads wait for ever");
+        for (size_t i = cluster.copies.size(); i-- > 0;)
+            if (cluster.coin() % 8 == 0) deliver(i);
+        if (!cluster.moved && !cluster.copies.empty()) deliver(cluster.coin() % cluster.copies.size());
+        check(cluster.moved || !left, "all threads wait for ever");
     }
-    check(program.copies.empty(), "a copy is under way when the program ends");
-    for (auto& fibre : program.fibres) check(fibre.groups.empty() && fibre.open.empty(), "products are never waited for");
+    check(cluster.copies.empty(), "a copy is under way when the program ends");
+    for (auto& fibre : cluster.fibres) check(fibre.groups.empty() && fibre.open.empty(), "products are never waited for");
 }
 
 // Everyone of `count` threads comes.
@@ -208,31 +217,32 @@ inline u8 to_fp8(float x) {
 }
 
 // Byte k of row n of a matrix descriptor.
-inline u8 element(u64 matrix, int n, int k) {
+inline u8 element(u64 matrix, int n, int k, int warpgroup_program) {
     const u32 swizzle = matrix >> 62, stride = (matrix >> 32 & 0x3FFF) << 4, start = (matrix & 0x3FFF) << 4;
     const int row = swizzle == 1 ? 128 : swizzle == 2 ? 64 : (fail("a matrix must be swizzled by 128 or 64"), 0);
     const u32 at = start + n / 8 * stride + n % 8 * row + k;
     const u32 physical = at ^ (at >> 7 & (row / 16 - 1)) << 4;
     check(physical < BASE + SHARED, "a matrix lies outside of shared memory");
-    return now->shared[physical];
+    return now->shared[warpgroup_program][physical];
 }
 
 // One product of a warpgroup: 32 of K for all columns.
 inline void multiply(int warpgroup, size_t which) {
     Fibre* threads = &now->fibres[warpgroup * 128];
     const Product first = threads[0].groups.front()[which];
+    const int program = warpgroup * 128 / now->threads;
     static std::vector<double> b;
     b.resize(32 * first.columns);
     for (int n = 0; n < first.columns; ++n)
         for (int k = 0; k < 32; ++k) {
-            const u8 x = element(first.b, n, k);
+            const u8 x = element(first.b, n, k, program);
             b[k * first.columns + n] = first.int8 ? (double)(signed char)x : fp8(x);
         }
     for (int row = 0; row < 64; ++row) {
         double a[32];
         for (int k = 0; k < 32; ++k) {
             if (first.from_memory) {
-                a[k] = (signed char)element(first.a, row, k);
+                a[k] = (signed char)element(first.a, row, k, program);
             } else {  // register (row % 16 / 8) + 2 (k / 16) of lane 4 (row % 8) + k % 16 / 4, byte k % 4
                 const Fibre& owner = threads[row / 16 * 32 + row % 8 * 4 + k % 16 / 4];
                 const u32 four = *owner.groups.front()[which].four[row % 16 / 8 + k / 16 * 2];
@@ -260,8 +270,9 @@ inline void multiply(int warpgroup, size_t which) {
 
 }  // namespace machine
 
-DEVICE int thread() { return machine::now->current; }
-DEVICE int program() { return machine::now->index; }
+DEVICE int thread() { return machine::now->current % machine::now->threads; }
+DEVICE int rank() { return machine::own(); }
+DEVICE int program() { return machine::now->index + rank(); }
 
 DEVICE float as_float(u32 x) {
     float y;
@@ -280,19 +291,19 @@ DEVICE u32 shared_memory() { return machine::BASE; }
 DEVICE void write_shared(u32 address, u32 value) {
     machine::check(address >= machine::BASE && address % 4 == 0 && address + 4 <= machine::BASE + machine::SHARED,
                    "a write outside of shared memory");
-    std::memcpy(machine::now->shared.data() + address, &value, 4);
+    std::memcpy(machine::now->shared[machine::own()].data() + address, &value, 4);
 }
 
 DEVICE u32 read_shared(u32 address) {
     u32 value;
-    std::memcpy(&value, machine::now->shared.data() + address, 4);
+    std::memcpy(&value, machine::now->shared[machine::own()].data() + address, 4);
     return value;
 }
 
-DEVICE void barrier_init(u32 at, u32 arrivals) { machine::now->barriers[at] = {arrivals, arrivals}; }
+DEVICE void barrier_init(u32 at, u32 arrivals) { machine::now->barriers[{machine::own(), at}] = {arrivals, arrivals}; }
 
-DEVICE void barrier_expect(u32 at, u32 bytes) {
-    auto& barrier = machine::barrier(at);
+DEVICE void barrier_count(u32 at, int program, u32 bytes) {
+    auto& barrier = machine::barrier(at, program);
     machine::check(barrier.waiting > 0, "more arrivals than a barrier is for");
     barrier.bytes += bytes;
     --barrier.waiting;
@@ -300,30 +311,48 @@ DEVICE void barrier_expect(u32 at, u32 bytes) {
     machine::now->moved = true;
 }
 
-DEVICE void barrier_arrive(u32 at) { barrier_expect(at, 0); }
+DEVICE void barrier_expect(u32 at, u32 bytes) { barrier_count(at, rank(), bytes); }
+DEVICE void barrier_arrive(u32 at) { barrier_count(at, rank(), 0); }
+DEVICE void barrier_arrive_at(u32 at, int program) { barrier_count(at, program, 0); }
 
 DEVICE void barrier_wait(u32 at, u32 parity) {
-    machine::wait_until([=] { return machine::barrier(at).odd != parity; });
+    machine::wait_until([=] { return machine::barrier(at, rank()).odd != parity; });
 }
 
-DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+DEVICE void copy_into(int program, u32 to, const void* from, u32 bytes, u32 barrier) {
     machine::check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a bulk copy is of 16-byte pieces");
-    machine::check(to >= machine::BASE && to + bytes <= machine::BASE + machine::SHARED, "a copy outside of shared memory");
-    std::memset(machine::now->shared.data() + to, 0x7F, bytes);  // what is there is lost at once
-    machine::now->copies.push_back({to, bytes, barrier, from});
+    machine::check(to >= machine::BASE && to + bytes <= machine::BASE + machine::SHARED, "a copy outside of memory");
+    std::memset(machine::now->shared[program].data() + to, 0x7F, bytes);  // what is there is lost at once
+    machine::now->copies.push_back({program, to, bytes, barrier, from});
+}
+
+DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { copy_into(rank(), to, from, bytes, barrier); }
+
+template <int PROGRAMS_OF_CLUSTER>
+void copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
+    for (int program = 0; program < PROGRAMS_OF_CLUSTER; ++program) copy_into(program, to, from, bytes, barrier);
 }
 
 DEVICE void publish() {}
-DEVICE void synchronize() { machine::meet(machine::now->all, machine::now->fibres.size()); }
+DEVICE void synchronize() { machine::meet(machine::now->all[rank()], machine::now->threads); }
+
+DEVICE void cluster_arrive() {
+    machine::now->fibres[machine::now->current].met = machine::now->cluster.times;
+    machine::meet(machine::now->cluster, machine::now->fibres.size(), false);
+}
+DEVICE void cluster_wait() {
+    const u32 times = machine::now->fibres[machine::now->current].met;
+    machine::wait_until([=] { return machine::now->cluster.times != times; });
+}
 
 template <int THREADS>
 void turn_wait(int turn) {
-    machine::meet(machine::now->named[turn], THREADS);
+    machine::meet(machine::now->named[{rank(), turn}], THREADS);
 }
 
 template <int THREADS>
 void turn_give(int turn) {
-    machine::meet(machine::now->named[turn], THREADS, false);
+    machine::meet(machine::now->named[{rank(), turn}], THREADS, false);
 }
 
 template <int COUNT>

@@ -30,6 +30,7 @@ def macros(pipeline: Pipeline, block: tuple[int, int], d_pad: int, pv: str, dtyp
         "KEYS": block[1],
         "INT8_VALUES": int(pv == "int8"),
         "WARPGROUPS": pipeline.warpgroups,
+        "CLUSTER": pipeline.cluster,
         "STAGES": pipeline.stages,
         "PROGRAMS": pipeline.programs,
         "PRODUCER": int(producer),
@@ -74,13 +75,18 @@ def launch(
         RuntimeError: If the kernel does not compile or start.
     """
     d_pad, rows = operands.q.shape[-1], pipeline.warpgroups * ROWS
-    if block[0] % rows or (pv == "int8" and (pipeline.matrix_sums or pipeline.promote != 1)):
+    split = block[0] // rows
+    if (
+        block[0] % rows
+        or pipeline.cluster not in (1, split)
+        or (pv == "int8" and (pipeline.matrix_sums or pipeline.promote != 1))
+    ):
         raise ValueError(f"{pipeline} must fit {pv} and blocks of {block[0]} queries; got {rows} rows for a program")
     values = {name: getattr(operands, name) for name in FROM_OPERANDS}
     values |= {name: arguments[f"{name}_ptr"] for name in POINTERS if name not in FROM_OPERANDS}
     values |= {name: values[name].int() for name in INDICES}
     kernel = native.kernel(SOURCE, NAME, ARCH, **macros(pipeline, block, d_pad, pv, values["out"].dtype))
     kernel.launch(
-        programs * block[0] // rows, threads(pipeline), shared_bytes(pipeline, block[1], d_pad),
+        programs * split, threads(pipeline), shared_bytes(pipeline, block[1], d_pad),
         *(values[name] for name in POINTERS), *(arguments[name] for name in SIZES),
     )  # fmt: skip

@@ -54,6 +54,7 @@ class Pipeline:
         programs: Programs that share a multiprocessor.
         stages: Key blocks in its ring.
         warpgroups: Warpgroups of 64 rows that share the ring; more than one has a producer warpgroup beside them.
+        cluster: Programs on neighbouring multiprocessors that share loads: 1, or all parts of a query block.
         ahead: Multiply the values of a block while the weights of the next are made.
         turns: Two warpgroups start products in turns.
         promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32; 0: all.
@@ -64,6 +65,7 @@ class Pipeline:
     programs: int
     stages: int
     warpgroups: int = 1
+    cluster: int = 1
     ahead: bool = False
     turns: bool = False
     promote: int = 1

@@ -18,11 +18,16 @@
 // before they are added to acc in float32; 0: of all, into acc. MATRIX_SUMS: FP8 rows are summed by eight further
 // columns of ones. ON_FMA: so many of sixteen exponentials are computed by multiplications.
 //
+// CLUSTER: so many programs share the loads instead, each on its own multiprocessor: all parts of a query block, each of
+// which copies a part of every block of K and V to all.
+//
 // Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes whose 16-byte pieces are swizzled, a block
 // without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
 #include <sm90_ptx.cuh>
 
 constexpr int ROWS = 64;
+static_assert(CLUSTER == 1 || (!PRODUCER && CLUSTER * WARPGROUPS * ROWS == QUERIES), "a cluster has one query block");
+static_assert(!INT8_VALUES || (PROMOTE == 1 && !MATRIX_SUMS), "blocks of INT8 P have scales of their own");
 constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
 constexpr int K_BYTES = KEYS * HEAD_DIM;
 constexpr int V_BYTES = HEAD_DIM * KEYS;
@@ -136,8 +141,14 @@ struct Filler {
         const u64 from = (w.bh * a.key_blocks + block) * K_BYTES;
         write_shared(place.scale(memory), as_bits(scale));
         barrier_expect(full, K_BYTES + V_BYTES);
-        copy_bulk(at + K_AT, a.k + from, K_BYTES, full);
-        copy_bulk(at + V_AT, a.v + from, V_BYTES, full);
+        if constexpr (CLUSTER == 1) {
+            copy_bulk(at + K_AT, a.k + from, K_BYTES, full);
+            copy_bulk(at + V_AT, a.v + from, V_BYTES, full);
+        } else {
+            const u32 k_part = K_BYTES / CLUSTER * rank(), v_part = V_BYTES / CLUSTER * rank();
+            copy_to_all<CLUSTER>(at + K_AT + k_part, a.k + from + k_part, K_BYTES / CLUSTER, full);
+            copy_to_all<CLUSTER>(at + V_AT + v_part, a.v + from + v_part, V_BYTES / CLUSTER, full);
+        }
         place.next();
         ++filled;
         look();
@@ -332,9 +343,14 @@ struct Consumer {
             settle(acc);
     }
 
-    // This warp has read a stage.
+    // This warp has read a stage: all that copy into it hear of it.
     DEVICE void release(const Place& at) {
-        if (thread() % 32 == 0) barrier_arrive(at.empty(memory));
+        const int lane = thread() % 32;
+        if constexpr (CLUSTER == 1) {
+            if (lane == 0) barrier_arrive(at.empty(memory));
+        } else {
+            if (lane < CLUSTER) barrier_arrive_at(at.empty(memory), lane);
+        }
     }
 
     DEVICE float k_scale(const Place& at) { return as_float(read_shared(at.scale(memory))); }
@@ -493,7 +509,7 @@ DEVICE void set_up(u32 memory) {
     if (thread() == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(memory + FULL_AT + 8 * stage, 1);
-            barrier_init(memory + EMPTY_AT + 8 * stage, CONSUMERS / 32);
+            barrier_init(memory + EMPTY_AT + 8 * stage, CONSUMERS / 32 * CLUSTER);
         }
         barrier_init(memory + Q_FULL_AT, 1);
     }
@@ -502,9 +518,16 @@ DEVICE void set_up(u32 memory) {
                      + i % (ONES_BYTES / 4 + !ONES_BYTES) * 4, ONES);
     publish();
     synchronize();
+    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
     const u8* q, const u8* k, const u8* v, const float* q_scale, const float* k_scale, const float* v_scale,
     const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
     const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
@@ -535,6 +558,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
             consumer.ahead(refill);
         else
             consumer.in_order(refill);
+        if (CLUSTER > 1) cluster_arrive();
         consumer.finish();
+        if (CLUSTER > 1) cluster_wait();  // nobody leaves while another may write here
     }
 }

@@ -55,10 +55,37 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
         "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Programs of a cluster: which one this is, waiting for each other, and arriving at another's barrier.
+DEVICE int rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+DEVICE void barrier_arrive_at(u32 barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
 // Copy bytes of global memory, which count towards a barrier's phase.
 DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// The same for all programs of a cluster, to the same addresses in each.
+template <int PROGRAMS_OF_CLUSTER>
+DEVICE void copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+            "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << PROGRAMS_OF_CLUSTER) - 1)) : "memory");
 }
 
 // What this thread wrote to shared memory, barriers included, is seen by copies and matrix units from here on.
