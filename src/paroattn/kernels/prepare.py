@@ -51,7 +51,7 @@ class Operands:
         k: (B, H, key tokens, D').
         v: (B, H, D', key tokens) in 8 bits, (B, H, key blocks, D', tokens) if swizzled; else (B, H, key tokens, D').
         q_scale: (B, H, query tokens) float32, softmax_scale · log2 e included; None for 16 bits.
-        k_scale: (B, H, key blocks) float32; None for 16 bits.
+        k_scale: (B, H, key blocks) float32, swizzled the first of (B, H, key blocks, 4); None for 16 bits.
         v_scale: (B, H, D') float32; None for 16 bits.
         v_start: (B, H, key blocks, D') int32 for INT8: `BIAS` + 128 · sum of v over the block; else None.
         shift: (B, H, query tokens) float32: softmax_scale · q·k̄, what smoothing took from lse; None if nothing.
@@ -242,7 +242,7 @@ def _rows_kernel(
         rows = bh * BLOCKS * TOKENS + n
         if IS_KEY:
             scale = tl.maximum(tl.max(largest, 0) / 127.0, smallest)
-            tl.store(scale_ptr + bh * BLOCKS + block, scale)
+            tl.store(scale_ptr + (bh * BLOCKS + block) * (4 if SWIZZLED else 1), scale)
             inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
         else:
             scale = tl.maximum(largest / 127.0, smallest)
@@ -365,7 +365,7 @@ def prepare(
             return gathered(x, blocks, size, precision.qk, not is_key), None
         out = empty(blocks * size, d_pad, dtype=torch.int8)
         tile = size if is_key else min(size, 64)
-        scale = empty(blocks if is_key else blocks * size)
+        scale = empty(*((blocks, 4) if swizzled else (blocks,))) if is_key else empty(blocks * size)
         blocks = blocks * size // tile
         at_once = KEY_BLOCKS_AT_ONCE[d_pad] if is_key else BLOCKS_AT_ONCE
         _rows_kernel[(triton.cdiv(blocks, at_once), batch * heads)](

@@ -10,8 +10,6 @@ from .tiles import Pipeline
 
 SOURCE, NAME, ARCH = "sm90.cu", "sm90_attention", "sm_90a"
 ROWS = 64
-CONSUMER_REGISTERS = 240
-"""Beside a producer warpgroup; without one a program's registers follow from how many share a multiprocessor."""
 POINTERS = (
     "q", "k", "v", "q_scale", "k_scale", "v_scale", "shift", "lists", "counts", "bits", "tiles", "table", "order",
     "valid", "out", "lse",
@@ -23,7 +21,6 @@ INDICES = ("table", "order", "valid")
 
 def macros(pipeline: Pipeline, block: tuple[int, int], d_pad: int, pv: str, dtype: torch.dtype) -> dict[str, int]:
     """What the source leaves open, for operands of `prepare` and outputs of a dtype."""
-    producer = pipeline.warpgroups > 1
     return {
         "HEAD_DIM": d_pad,
         "QUERIES": block[0],
@@ -33,8 +30,7 @@ def macros(pipeline: Pipeline, block: tuple[int, int], d_pad: int, pv: str, dtyp
         "CLUSTER": pipeline.cluster,
         "STAGES": pipeline.stages,
         "PROGRAMS": pipeline.programs,
-        "PRODUCER": int(producer),
-        "REGISTERS": CONSUMER_REGISTERS if producer else 0,
+        "PRODUCER": int(pipeline.warpgroups > 1),
         "AHEAD": int(pipeline.ahead),
         "TURNS": int(pipeline.turns),
         "PROMOTE": pipeline.promote,
@@ -54,7 +50,7 @@ def shared_bytes(pipeline: Pipeline, keys: int, d_pad: int) -> int:
     """Shared memory of a program, as the source lays it out."""
     ones = 8 * keys if pipeline.matrix_sums else 0
     queries, stage = (-(-size // 1024) * 1024 for size in (pipeline.warpgroups * ROWS * d_pad, 2 * keys * d_pad + ones))
-    return queries + pipeline.stages * (stage + 24) + 8
+    return queries + pipeline.stages * (stage + 32) + 8
 
 
 def launch(

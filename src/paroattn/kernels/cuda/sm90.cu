@@ -1,70 +1,32 @@
 // Block-sparse attention on sm_90a: INT8 Q·K, FP8 or INT8 P·V. What it computes is written down in ../reference.py.
 //
-//     WARPGROUPS warpgroups of a program have 64 query rows each, one query block together or a part of one. They share
-//     a ring of STAGES kept blocks of K and V, which a producer warp (PRODUCER) or their first thread fills by bulk
-//     copies. In a warpgroup, block after block of its list, in base 2 (scales carry log2 e):
+// A program has WARPGROUPS warpgroups of 64 query rows, a query block together or a part of one, which share a ring of
+// STAGES kept blocks of K and V (sm90_ring.cuh). In a warpgroup, block after block, in base 2 (scales carry log2 e):
 //
-//         s = q kᵀ                          matrix units; they add to 12582912, so that s reads as a float
-//         FP8   if any s·scale > m + 1:     m ← row maximum; what was added so far shrinks. Rare after the first blocks
-//               p = exp2(s·scale − m) · 224
-//         INT8  b = row maximum of s·scale; if any b > m + 64: m ← b likewise
-//               p = exp2(s·scale − b) · 255, rounded; share = exp2(b − m)
-//         acc, total += (p v, row sum of p) · share
-//     out = acc / total · v_scale
+//     s = q kᵀ                            on matrix units; added to 12582912, so that its bits read as a float
+//     FP8   if any s·scale > m + 1:       m ← row maximum; what was added so far shrinks. Rare after the first blocks
+//           p = exp2(s·scale − m) · 224
+//     INT8  b = row maximum of s·scale; if any b > m + 64: m ← b, likewise
+//           p = exp2(s·scale − b) · 255, rounded; share = exp2(b − m)
+//     acc, total += (p v, row sum of p) · share
+// out = acc / total · v_scale
 //
-// AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs,
-// the weights of block i are made from the first. TURNS: two warpgroups start products in turns, so that one multiplies
-// while the other makes weights. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits,
-// before they are added to acc in float32; 0: of all, into acc. MATRIX_SUMS: FP8 rows are summed by eight further
-// columns of ones. ON_FMA: so many of sixteen exponentials are computed by multiplications.
-//
-// CLUSTER: so many programs share the loads instead, each on its own multiprocessor: all parts of a query block, each of
-// which copies a part of every block of K and V to all.
-//
-// Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes whose 16-byte pieces are swizzled, a block
-// without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
-#include <sm90_ptx.cuh>
+// AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs, the
+// weights of block i are made from the first. TURNS: two warpgroups start products in turns, so that one multiplies while
+// the other makes weights. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits, before
+// they are added to acc in float32; 0: of all blocks, into acc. MATRIX_SUMS: FP8 rows are summed by eight further columns
+// of ones. ON_FMA: so many of sixteen exponentials are computed by multiplications.
+#include <sm90_ring.cuh>
 
-constexpr int ROWS = 64;
-static_assert(CLUSTER == 1 || (!PRODUCER && CLUSTER * WARPGROUPS * ROWS == QUERIES), "a cluster has one query block");
-static_assert(!INT8_VALUES || (PROMOTE == 1 && !MATRIX_SUMS), "blocks of INT8 P have scales of their own");
-constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
-constexpr int K_BYTES = KEYS * HEAD_DIM;
-constexpr int V_BYTES = HEAD_DIM * KEYS;
-constexpr int ONES_BYTES = MATRIX_SUMS ? 8 * KEYS : 0;
-constexpr int STAGE_BYTES = (K_BYTES + V_BYTES + ONES_BYTES + 1023) / 1024 * 1024;
-constexpr int K_AT = (Q_BYTES + 1023) / 1024 * 1024;
-constexpr int V_AT = K_AT + K_BYTES;
-constexpr int ONES_AT = V_AT + V_BYTES;
-constexpr int SCALES_AT = K_AT + STAGES * STAGE_BYTES;
-constexpr int FULL_AT = SCALES_AT + 8 * STAGES;
-constexpr int EMPTY_AT = FULL_AT + 8 * STAGES;
-constexpr int Q_FULL_AT = EMPTY_AT + 8 * STAGES;
-
-constexpr int CONSUMERS = 128 * WARPGROUPS;
-constexpr int THREADS = CONSUMERS + (PRODUCER ? (REGISTERS ? 128 : 32) : 0);
-constexpr int SCORES = KEYS / 2;    // per thread
-constexpr int SUMS = HEAD_DIM / 2 + (MATRIX_SUMS ? 4 : 0);
+constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
 constexpr int OUT = HEAD_DIM / 2;
+constexpr int SUMS = OUT + (MATRIX_SUMS ? 4 : 0);
 
 constexpr u32 BIAS_BITS = 0x4B400000;
 constexpr float BIAS = 12582912.0f;
 constexpr float TOP = INT8_VALUES ? 7.994353436858858f : 7.807354922057604f;  // log2 255 and log2 224
 constexpr float SLACK = INT8_VALUES ? 64.0f : 1.0f;
-constexpr u32 ONES = 0x38383838;  // 1.0 in FP8
 constexpr u32 HIDDEN = 0xFF800000;  // −∞, and less than every score as an integer too
-
-struct Arguments {
-    const u8 *q, *k, *v;
-    const float *q_scale, *k_scale, *v_scale, *shift;
-    const u16 *lists;
-    const int *counts;
-    const u8 *bits;
-    const int *tiles, *table, *order, *valid;
-    void *out;
-    float *lse;
-    int batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes;
-};
 
 #if OUT_BYTES == 2
 DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
@@ -74,85 +36,6 @@ DEVICE u32 pack_output(float a, float b) { return 0; }
 
 struct alignas(16) Piece {
     u32 x[4];
-};
-
-// What a program works on.
-struct Work {
-    int b, h, first;        // batch element, head, first query row
-    u64 bh, q_row;          // head of all, row of q
-    const u16* list;        // key blocks that it reads
-    int count, whole, tail; // how many, how many of them whole, real keys of the other
-};
-
-DEVICE Work work_of(const Arguments& a) {
-    Work w;
-    const int split = QUERIES / (WARPGROUPS * ROWS);
-    const int part = program() % split, pair = program() / split;
-    const int tile = a.tiles[pair / (a.row_blocks * a.batch) * a.row_blocks + pair % a.row_blocks];
-    w.b = pair / a.row_blocks % a.batch;
-    w.h = tile / a.row_blocks;
-    w.bh = (u64)w.b * a.heads + w.h;
-    w.first = tile % a.row_blocks * QUERIES + part * WARPGROUPS * ROWS;
-    w.q_row = w.bh * a.row_blocks * QUERIES + w.first;
-    w.list = a.lists + (u64)tile * a.key_blocks;
-    w.whole = a.counts[(u64)w.b * a.heads * a.row_blocks + tile];
-    const int cut = a.valid[w.b] / KEYS;
-    w.tail = a.valid[w.b] % KEYS;
-    w.count = w.whole;
-    if (w.tail > 0) w.count += a.bits[(u64)tile * a.mask_bytes + cut / 8] >> cut % 8 & 1;
-    return w;
-}
-
-// A stage of the ring, and whether it is being used for an odd time.
-struct Place {
-    int stage = 0;
-    u32 odd = 0;
-    DEVICE void next() {
-        if (++stage == STAGES) stage = 0, odd ^= 1;
-    }
-    DEVICE u32 full(u32 memory) const { return memory + FULL_AT + 8 * stage; }
-    DEVICE u32 empty(u32 memory) const { return memory + EMPTY_AT + 8 * stage; }
-    DEVICE u32 at(u32 memory) const { return memory + stage * STAGE_BYTES; }
-    DEVICE u32 scale(u32 memory) const { return memory + SCALES_AT + 8 * stage; }
-};
-
-// Fills the ring, one block at a call; knows the next block and its scale beforehand.
-struct Filler {
-    const Arguments& a;
-    const Work& w;
-    u32 memory;
-    Place place;
-    int filled = 0, block = 0;
-    float scale = 0;
-
-    DEVICE Filler(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) { look(); }
-
-    DEVICE void look() {
-        if (filled < w.count) {
-            block = w.list[filled];
-            scale = a.k_scale[w.bh * a.key_blocks + block];
-        }
-    }
-
-    DEVICE void fill() {
-        if (filled >= w.count) return;
-        if (filled >= STAGES) barrier_wait(place.empty(memory), place.odd ^ 1);
-        const u32 at = place.at(memory), full = place.full(memory);
-        const u64 from = (w.bh * a.key_blocks + block) * K_BYTES;
-        write_shared(place.scale(memory), as_bits(scale));
-        barrier_expect(full, K_BYTES + V_BYTES);
-        if constexpr (CLUSTER == 1) {
-            copy_bulk(at + K_AT, a.k + from, K_BYTES, full);
-            copy_bulk(at + V_AT, a.v + from, V_BYTES, full);
-        } else {
-            const u32 k_part = K_BYTES / CLUSTER * rank(), v_part = V_BYTES / CLUSTER * rank();
-            copy_to_all<CLUSTER>(at + K_AT + k_part, a.k + from + k_part, K_BYTES / CLUSTER, full);
-            copy_to_all<CLUSTER>(at + V_AT + v_part, a.v + from + v_part, V_BYTES / CLUSTER, full);
-        }
-        place.next();
-        ++filled;
-        look();
-    }
 };
 
 // Of 16, which exponentials are computed by multiplications: ON_FMA of them, evenly spread.
@@ -363,7 +246,7 @@ struct Consumer {
             clear();
             barrier_wait(now.full(memory), now.odd);
             start_scores(now);
-            if (i > 0) refill();
+            if (i > 0) refill(i - 1 + STAGES);
             const float scale = k_scale(now);
             products_wait<0>();
             settle(s);
@@ -402,7 +285,7 @@ struct Consumer {
             start_scores(now);
             start_values(before, i - 1);
             if (TURNS && (warpgroup == 0 || i + 1 < w.count)) turn_give<CONSUMERS>(2 - warpgroup);
-            if (i > 1) refill();
+            if (i > 1) refill(i - 2 + STAGES);
             const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
             products_wait<1>();
             settle(s);
@@ -500,27 +383,6 @@ struct Consumer {
     }
 };
 
-DEVICE void copy_queries(const Arguments& a, const Work& w, u32 memory) {
-    barrier_expect(memory + Q_FULL_AT, Q_BYTES);
-    copy_bulk(memory, a.q + w.q_row * HEAD_DIM, Q_BYTES, memory + Q_FULL_AT);
-}
-
-DEVICE void set_up(u32 memory) {
-    if (thread() == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(memory + FULL_AT + 8 * stage, 1);
-            barrier_init(memory + EMPTY_AT + 8 * stage, CONSUMERS / 32 * CLUSTER);
-        }
-        barrier_init(memory + Q_FULL_AT, 1);
-    }
-    for (int i = thread(); i < STAGES * ONES_BYTES / 4; i += THREADS)
-        write_shared(memory + ONES_AT + i / (ONES_BYTES / 4 + !ONES_BYTES) * STAGE_BYTES
-                     + i % (ONES_BYTES / 4 + !ONES_BYTES) * 4, ONES);
-    publish();
-    synchronize();
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
-}
-
 #if CLUSTER > 1
 #define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
 #else
@@ -532,26 +394,25 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
     const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
     const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
     int row_blocks, int key_blocks, int mask_bytes) {
-    const Arguments a{q,     k,   v,     q_scale, k_scale, v_scale,  shift,      lists,      counts,    bits, tiles, table,
-                      order, valid, out, lse,     batch,   tokens,   heads,      channels,   row_blocks, key_blocks,
-                      mask_bytes};
+    const Arguments a{q, k, v, q_scale, k_scale, v_scale, shift, lists, counts, bits, tiles, table, order, valid, out,
+                      lse, batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes};
     const u32 memory = shared_memory();
     const Work w = work_of(a);
     set_up(memory);
     if (PRODUCER && thread() >= CONSUMERS) {
-        if constexpr (REGISTERS > 0) fewer_registers<24>();
+        fewer_registers<24>();
         if (thread() == CONSUMERS) {
             copy_queries(a, w, memory);
             Filler filler(a, w, memory);
-            for (int i = 0; i < w.count; ++i) filler.fill();
+            for (int i = 0; i < w.count; ++i) filler.fill(i);
         }
     } else {
-        if constexpr (REGISTERS > 0) more_registers<REGISTERS>();
+        if constexpr (PRODUCER) more_registers<240>();
         Filler filler(a, w, memory);
         const bool fills = !PRODUCER && thread() == 0;
-        const auto refill = [&] { if (fills) filler.fill(); };
+        const auto refill = [&](int i) { if (fills) filler.fill(i); };
         if (fills) copy_queries(a, w, memory);
-        for (int i = 0; i < STAGES; ++i) refill();
+        for (int i = 0; i < STAGES; ++i) refill(i);
         Consumer consumer(a, w, memory);
         barrier_wait(memory + Q_FULL_AT, 0);
         if constexpr (AHEAD)

@@ -84,7 +84,8 @@ DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
 template <int PROGRAMS_OF_CLUSTER>
 DEVICE void copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1], %2, [%3], %4;" ::
             "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << PROGRAMS_OF_CLUSTER) - 1)) : "memory");
 }
 
