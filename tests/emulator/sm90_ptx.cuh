@@ -366,6 +366,7 @@ DEVICE bool any_lane(bool x) {
     return any;
 }
 
+DEVICE int same_in_warp(int x) { return x; }
 DEVICE u32 from_lane(u32 x, int distance) { return machine::exchange(x)[machine::now->current % 32 ^ distance]; }
 DEVICE float from_lane(float x, int distance) { return as_float(from_lane(as_bits(x), distance)); }
 

@@ -62,12 +62,12 @@ DEVICE float exp2_multiplied(float x) {
 // them in registers 4 c + 2 r + i.
 struct Rows {
     float q_scale[2], m[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
-    float share[2] = {1, 1}, shrink[2];  // of the block; of what was added before it
+    float scale[2], origin[2], share[2] = {1, 1}, shrink[2];
     bool grown;
 
-    // Biased scores → p, of a float's bits, and all that depends on maxima.
-    DEVICE void weigh(u32 (&s)[SCORES], float k_scale) {
-        float highest[2], scale[2], origin[2];
+    // Biased scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
+    DEVICE void look(const u32 (&s)[SCORES], float k_scale) {
+        float highest[2];
         u32 top[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -97,6 +97,10 @@ struct Rows {
             origin[r] = INT8_VALUES ? TOP - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
             if (INT8_VALUES) share[r] = exp2_unit(highest[r] - m[r]);
         }
+    }
+
+    // Biased scores → the bits of p.
+    DEVICE void weigh(u32 (&s)[SCORES]) {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
             const int r = i / 2 % 2;
@@ -147,7 +151,7 @@ struct Consumer {
     u32 s[SCORES], p[SCORES / 4];
 
     DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
-        : a(a), w(w), memory(memory), warpgroup(thread() / 128) {
+        : a(a), w(w), memory(memory), warpgroup(same_in_warp(thread() / 128)) {
         const int row = warpgroup * ROWS + thread() % 128 / 32 * 16 + thread() % 32 / 4;
 #pragma unroll
         for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row + 8 * r];
@@ -189,7 +193,9 @@ struct Consumer {
     // Scores of block i, complete → its weights.
     DEVICE void weigh(int i, float k_scale) {
         if (i == w.whole) hide();
-        rows.weigh(s, k_scale);
+        rows.look(s, k_scale);
+        rows.weigh(s);
+        settle(s);
     }
 
     // Scores of keys that are not real.
@@ -290,7 +296,6 @@ struct Consumer {
             products_wait<1>();
             settle(s);
             weigh(i, scale);
-            settle(s);
             if constexpr (PROMOTE > 0) shrink(acc);  // a branch: the compiler moves no weights behind the wait
             products_wait<0>();
             settle_sums();

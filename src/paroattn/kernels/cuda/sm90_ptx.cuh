@@ -111,6 +111,7 @@ DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0
 // Lanes of a warp -----------------------------------------------------------------------------------------------------
 
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFF, x); }
+DEVICE int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }  // says so to the compiler
 DEVICE u32 from_lane(u32 x, int distance) { return __shfl_xor_sync(0xFFFFFFFF, x, distance); }
 DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xFFFFFFFF, x, distance); }
 
