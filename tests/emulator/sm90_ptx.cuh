@@ -1,6 +1,7 @@
 // Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a cluster take turns as fibres, in an order that a
 // seed decides, and everything asynchronous happens as late as it may: copies when a seeded coin says so or nobody can
-// go on, products when a thread waits for them. Reading or writing what is still under way gives wrong results.
+// go on, a warp's part of a product when one of its lanes waits for it. Whoever reads or writes what is still under way
+// gets wrong results.
 //
 // Layouts are those of the PTX manual: registers of wgmma's A and D, matrix descriptors and their swizzles.
 #pragma once
@@ -226,11 +227,11 @@ inline u8 element(u64 matrix, int n, int k, int warpgroup_program) {
     return now->shared[warpgroup_program][physical];
 }
 
-// One product of a warpgroup: 32 of K for all columns.
-inline void multiply(int warpgroup, size_t which) {
-    Fibre* threads = &now->fibres[warpgroup * 128];
+// A warp's 16 rows of a product: 32 of K for all columns.
+inline void multiply(int warp, size_t which) {
+    Fibre* threads = &now->fibres[warp * 32];
     const Product first = threads[0].groups.front()[which];
-    const int program = warpgroup * 128 / now->threads;
+    const int program = warp * 32 / now->threads, rows = warp % 4 * 16;
     static std::vector<double> b;
     b.resize(32 * first.columns);
     for (int n = 0; n < first.columns; ++n)
@@ -238,14 +239,14 @@ inline void multiply(int warpgroup, size_t which) {
             const u8 x = element(first.b, n, k, program);
             b[k * first.columns + n] = first.int8 ? (double)(signed char)x : fp8(x);
         }
-    for (int row = 0; row < 64; ++row) {
+    for (int row = 0; row < 16; ++row) {
         double a[32];
         for (int k = 0; k < 32; ++k) {
             if (first.from_memory) {
-                a[k] = (signed char)element(first.a, row, k, program);
-            } else {  // register (row % 16 / 8) + 2 (k / 16) of lane 4 (row % 8) + k % 16 / 4, byte k % 4
-                const Fibre& owner = threads[row / 16 * 32 + row % 8 * 4 + k % 16 / 4];
-                const u32 four = *owner.groups.front()[which].four[row % 16 / 8 + k / 16 * 2];
+                a[k] = (signed char)element(first.a, rows + row, k, program);
+            } else {  // register (row / 8) + 2 (k / 16) of lane 4 (row % 8) + k % 16 / 4, byte k % 4
+                const Fibre& owner = threads[row % 8 * 4 + k % 16 / 4];
+                const u32 four = *owner.groups.front()[which].four[row / 8 + k / 16 * 2];
                 const u8 x = four >> k % 4 * 8 & 0xFF;
                 a[k] = first.int8 ? (double)x : fp8(x);
             }
@@ -253,10 +254,10 @@ inline void multiply(int warpgroup, size_t which) {
         for (int n = 0; n < first.columns; ++n) {
             double sum = 0;
             for (int k = 0; k < 32; ++k) sum += a[k] * b[k * first.columns + n];
-            // column n of a row: register 4 (n / 8) + 2 (row % 16 / 8) + n % 2 of lane 4 (row % 8) + n % 8 / 2
-            const Product& own = threads[row / 16 * 32 + row % 8 * 4 + n % 8 / 2].groups.front()[which];
+            // column n of a row: register 4 (n / 8) + 2 (row / 8) + n % 2 of lane 4 (row % 8) + n % 8 / 2
+            const Product& own = threads[row % 8 * 4 + n % 8 / 2].groups.front()[which];
             check(own.b == first.b && own.a == first.a && own.add == first.add, "threads differ about a product");
-            const int place = n / 8 * 4 + row % 16 / 8 * 2 + n % 2;
+            const int place = n / 8 * 4 + row / 8 * 2 + n % 2;
             if (first.int8) {
                 u32& to = ((u32*)own.sums)[place];
                 to = (own.add ? to : 0) + (u32)(int64_t)sum;
@@ -432,20 +433,21 @@ DEVICE void products_commit() {
 
 template <int GROUPS>
 void products_wait() {
-    const int mine = machine::now->current, warpgroup = mine / 128;
-    auto* threads = &machine::now->fibres[warpgroup * 128];
+    const int mine = machine::now->current;
+    auto* warpgroup = &machine::now->fibres[mine / 128 * 128];
+    auto* warp = &machine::now->fibres[mine / 32 * 32];
     auto& fibre = machine::now->fibres[mine];
     const long wanted = fibre.committed - GROUPS;
     while (fibre.finished < wanted) {
         const long next = fibre.finished + 1;
-        machine::wait_until([&] {  // until all threads have started them, or somebody has done them for all
+        machine::wait_until([&] {  // until all threads have started them, or another lane has done them for this one
             bool all = true;
-            for (int i = 0; i < 128; ++i) all &= threads[i].committed >= next;
+            for (int i = 0; i < 128; ++i) all &= warpgroup[i].committed >= next;
             return all || fibre.finished >= next;
         });
         if (fibre.finished >= next) continue;
-        for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(warpgroup, i);
-        for (int i = 0; i < 128; ++i) threads[i].groups.pop_front(), ++threads[i].finished;
+        for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(mine / 32, i);
+        for (int i = 0; i < 32; ++i) warp[i].groups.pop_front(), ++warp[i].finished;
     }
 }
 
