@@ -37,10 +37,7 @@ namespace machine {
 constexpr u32 BASE = 1024, SHARED = 227 * 1024;
 constexpr size_t STACK = 256 * 1024;
 
-[[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "%s\n", what);
-    std::_Exit(3);
-}
+[[noreturn]] void fail(const char* what);
 
 inline void check(bool right, const char* what) {
     if (!right) fail(what);
@@ -94,7 +91,7 @@ struct Cluster {
     std::vector<Fibre> fibres;
     ucontext_t scheduler;
     int current = 0, index = 0, threads = 0;
-    bool moved = true;
+    bool moved = true, failed = false, inside = false;
     std::mt19937 coin;
     std::function<void()> body;
 };
@@ -102,6 +99,14 @@ struct Cluster {
 inline Cluster* now = nullptr;
 
 inline void yield() { swapcontext(&now->fibres[now->current].context, &now->scheduler); }
+
+// Say what is wrong; a thread that does never goes on, and the cluster ends.
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "%s\n", what);
+    if (!now->inside) std::_Exit(3);
+    now->failed = true;
+    for (;;) yield();
+}
 
 template <class Condition>
 void wait_until(Condition condition) {
@@ -134,8 +139,8 @@ inline void enter() {
     yield();
 }
 
-// The programs of a cluster, the first of which is program `index`.
-inline void run(int index, int programs, int threads, unsigned seed, std::function<void()> body) {
+// The programs of a cluster, the first of which is program `index`; whether all went well.
+inline bool run(int index, int programs, int threads, unsigned seed, std::function<void()> body) {
     Cluster cluster;
     now = &cluster;
     cluster.index = index;
@@ -166,17 +171,25 @@ inline void run(int index, int programs, int threads, unsigned seed, std::functi
             for (int lane = 0; lane < 32; ++lane) {
                 cluster.current = warp * 32 + lane;
                 Fibre& fibre = cluster.fibres[cluster.current];
+                cluster.inside = true;
                 if (!fibre.done) swapcontext(&cluster.scheduler, &fibre.context);
+                cluster.inside = false;
+                if (cluster.failed) return false;
                 left |= !fibre.done;
             }
         }
         for (size_t i = cluster.copies.size(); i-- > 0;)
             if (cluster.coin() % 8 == 0) deliver(i);
         if (!cluster.moved && !cluster.copies.empty()) deliver(cluster.coin() % cluster.copies.size());
-        check(cluster.moved || !left, "all threads wait for ever");
+        if (!cluster.moved && left) {
+            std::fprintf(stderr, "all threads wait for ever\n");
+            return false;
+        }
     }
-    check(cluster.copies.empty(), "a copy is under way when the program ends");
-    for (auto& fibre : cluster.fibres) check(fibre.groups.empty() && fibre.open.empty(), "products are never waited for");
+    bool whole = cluster.copies.empty();
+    for (auto& fibre : cluster.fibres) whole &= fibre.groups.empty() && fibre.open.empty();
+    if (!whole) std::fprintf(stderr, "a copy or a product is under way at the end\n");
+    return whole;
 }
 
 // Everyone of `count` threads comes.

@@ -12,6 +12,7 @@
 
 constexpr int ROWS = 64;
 static_assert(CLUSTER == 1 || (!PRODUCER && CLUSTER * WARPGROUPS * ROWS == QUERIES), "a cluster has one query block");
+static_assert(STAGES >= (AHEAD && !PRODUCER ? 3 : 2), "a stage is filled again while others are read");
 static_assert(!INT8_VALUES || (PROMOTE == 1 && !MATRIX_SUMS), "blocks of INT8 P have scales of their own");
 constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
 constexpr int K_BYTES = KEYS * HEAD_DIM;
