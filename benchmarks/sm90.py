@@ -63,9 +63,10 @@ VARIANTS = {
     (64, "fp8"): {
         "alone": ALONE[64],
         "alone, three stages": replace(ALONE[64], stages=3),
+        "alone, 1/8 multiplied": replace(ALONE[64], on_fma=2),
+        "alone, 3/16 multiplied": replace(ALONE[64], on_fma=3),
         "alone, summed by matrices": SUMMED,
         "alone, summed by matrices, never promoted": replace(SUMMED, promote=0),
-        "alone, summed by matrices, 1/16 multiplied": replace(SUMMED, on_fma=1),
         "alone, summed by matrices, 1/8 multiplied": replace(SUMMED, on_fma=2),
         "alone, summed by matrices, 3/16 multiplied": replace(SUMMED, on_fma=3),
         "alone, summed by matrices, 1/4 multiplied": replace(SUMMED, on_fma=4),

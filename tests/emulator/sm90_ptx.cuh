@@ -405,9 +405,11 @@ DEVICE u32 pack_fp8(float a, float b, float c, float d) {
 DEVICE u32 pack_bytes(float a, float b, float c, float d) {
     u32 packed = 0, shift = 0;
     for (float x : {a, b, c, d}) {
-        x = (float)(_Float16)((float)(_Float16)x + 1024.0f) - 1024.0f;
-        machine::check(x >= 0 && x <= 255, "a weight does not fit into a byte");
-        packed |= (u32)x << shift, shift += 8;
+        const _Float16 half = (_Float16)x;
+        u16 bits;
+        std::memcpy(&bits, &half, 2);
+        machine::check(bits <= 255, "a weight does not fit into a byte");
+        packed |= (u32)bits << shift, shift += 8;
     }
     return packed;
 }

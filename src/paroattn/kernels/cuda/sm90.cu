@@ -7,7 +7,7 @@
 //     FP8   if any s·scale > m + 1:       m ← row maximum; what was added so far shrinks. Rare after the first blocks
 //           p = exp2(s·scale − m) · 224
 //     INT8  b = row maximum of s·scale; if any b > m + 64: m ← b, likewise
-//           p = exp2(s·scale − b) · 255, rounded; share = exp2(b − m)
+//           p = exp2(s·scale − b) · 255 · 2⁻²⁴, rounded to 2⁻²⁴: a byte; share = exp2(b − m)
 //     acc, total += (p v, row sum of p) · share
 // out = acc / total · v_scale
 //
@@ -94,7 +94,7 @@ struct Rows {
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            origin[r] = INT8_VALUES ? TOP - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
+            origin[r] = INT8_VALUES ? TOP - 24 - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
             if (INT8_VALUES) share[r] = exp2_unit(highest[r] - m[r]);
         }
     }

@@ -155,16 +155,13 @@ DEVICE u32 pack_fp8(float a, float b, float c, float d) {
     return y;
 }
 
-// Four floats from 0 to 255, rounded to bytes: 1024 + x in half precision has x for its low byte.
+// Four numbers from 0 to 255 times 2⁻²⁴, rounded to bytes: in half precision the bits of n · 2⁻²⁴ are n.
 DEVICE u32 pack_bytes(float a, float b, float c, float d) {
     u32 y;
     asm("{\n"
-        ".reg .b32 low, high, bias;\n"
+        ".reg .b32 low, high;\n"
         "cvt.rn.f16x2.f32 low, %2, %1;\n"
         "cvt.rn.f16x2.f32 high, %4, %3;\n"
-        "mov.b32 bias, 0x64006400;\n"
-        "add.rn.f16x2 low, low, bias;\n"
-        "add.rn.f16x2 high, high, bias;\n"
         "prmt.b32 %0, low, high, 0x6420;\n"
         "}" : "=r"(y) : "f"(a), "f"(b), "f"(c), "f"(d));
     return y;
