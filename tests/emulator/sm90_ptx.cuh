@@ -460,6 +460,10 @@ void products_wait() {
             for (int i = 0; i < 128; ++i) all &= warpgroup[i].committed >= next;
             return all || fibre.finished >= next;
         });
+        for (int late = machine::now->coin() % 8; late > 0 && fibre.finished < next; --late) {
+            machine::now->moved = true;
+            machine::yield();
+        }
         if (fibre.finished >= next) continue;
         for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(mine / 32, i);
         for (int i = 0; i < 32; ++i) warp[i].groups.pop_front(), ++warp[i].finished;
