@@ -1,6 +1,6 @@
 // Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a cluster take turns as fibres, in an order that a
 // seed decides, and everything asynchronous happens as late as it may: copies when a seeded coin says so or nobody can
-// go on, a warp's part of a product when one of its lanes waits for it. Whoever reads or writes what is still under way
+// go on, a warp's part of a product some time after it waits for it. Whoever reads or writes what is still under way
 // gets wrong results.
 //
 // Layouts are those of the PTX manual: registers of wgmma's A and D, matrix descriptors and their swizzles.
@@ -455,16 +455,19 @@ void products_wait() {
     const long wanted = fibre.committed - GROUPS;
     while (fibre.finished < wanted) {
         const long next = fibre.finished + 1;
-        machine::wait_until([&] {  // until all threads have started them, or another lane has done them for this one
+        if (mine % 32 > 0) {  // the first lane does them for the others
+            machine::wait_until([&] { return fibre.finished >= next; });
+            continue;
+        }
+        machine::wait_until([&] {
             bool all = true;
             for (int i = 0; i < 128; ++i) all &= warpgroup[i].committed >= next;
-            return all || fibre.finished >= next;
+            return all;
         });
-        for (int late = machine::now->coin() % 8; late > 0 && fibre.finished < next; --late) {
+        for (int late = machine::now->coin() % 8; late > 0; --late) {
             machine::now->moved = true;
             machine::yield();
         }
-        if (fibre.finished >= next) continue;
         for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(mine / 32, i);
         for (int i = 0; i < 32; ++i) warp[i].groups.pop_front(), ++warp[i].finished;
     }
