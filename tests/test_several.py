@@ -23,6 +23,7 @@ from paroattn.block_mask import BlockMask
 from paroattn.cli import main
 from paroattn.demo.prompt import EVALUATION_PROMPTS
 from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.integration import ranks
 from paroattn.integration.apply import set_noise_level
 from paroattn.integration.ranks import Ranks, digest
 from paroattn.integration.splits import split_sequence
@@ -83,8 +84,8 @@ def whole_and_split(name: str, heads: int) -> dict[str, float]:
     }
 
 
-def models(rank: int, names: tuple[str, ...], heads: int) -> dict[str, Any]:
-    found = {}
+def models(rank: int, names: tuple[str, ...], heads: int, parts: int) -> dict[str, Any]:
+    ranks.PARTS, found = parts, {}
     for name in names:
         try:
             found[name] = whole_and_split(name, heads)
@@ -95,12 +96,12 @@ def models(rank: int, names: tuple[str, ...], heads: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[Any]:
-    return on_ranks(2, models, SPLIT, HEADS)
+    return on_ranks(2, models, SPLIT, HEADS, 1)
 
 
 @pytest.fixture(scope="module")
 def four_ranks() -> list[Any]:
-    return on_ranks(4, models, RAGGED, 8)
+    return on_ranks(4, models, RAGGED, 8, 2)
 
 
 def check_equal(everywhere: list[Any], name: str) -> None:
@@ -350,12 +351,12 @@ def test_tokens_arrive_as_diffusers_splits_them(side, size):
         video, text = torch.arange(210), torch.arange(210, 233)
     streams = (text, video) if side == "prefix" else (video, text)
     pieces = [torch.cat(parts) for parts in zip(*(each.tensor_split(size) for each in streams), strict=True)]
-    ranks = Ranks(None, size - 1, size, "", True)
-    assert ranks.arrived(layout).equal(torch.cat(pieces))
-    assert ranks.sizes(layout) == tuple(map(len, pieces))
-    assert ranks.own_tokens(layout) == len(pieces[-1])
-    assert ranks.own_video(layout) == len(video.tensor_split(size)[-1])
-    assert torch.cat(pieces)[ranks.places(layout)].equal(torch.arange(233))
+    shared = Ranks(None, size - 1, size, "", True)
+    assert shared.arrived(layout).equal(torch.cat(pieces))
+    assert shared.sizes(layout) == tuple(map(len, pieces))
+    assert shared.own_tokens(layout) == len(pieces[-1])
+    assert shared.own_video(layout) == len(video.tensor_split(size)[-1])
+    assert torch.cat(pieces)[shared.places(layout)].equal(torch.arange(233))
 
 
 def test_plans_that_differ_in_anything_have_other_digests():
@@ -381,7 +382,7 @@ def test_dealt_heads_are_collected_again(batch):
     assert dealt.shape == (3, 5, batch, 2, 7)
     for rank, place in ((0, 0), (1, 1), (2, 0)):
         assert dealt[rank, :, :, place].equal(x[:, :, heads[rank, place]].transpose(0, 1))
-    assert collect(dealt, heads).equal(x)
+    assert collect(dealt, heads, torch.empty_like(x)).equal(x)
 
 
 @pytest.mark.parametrize("batch, channels", [(1, 64), (3, 40)])
@@ -401,7 +402,7 @@ def test_the_copying_kernel_does_the_same(batch, channels):
 
 def benchmark(rank: int, port: int, out: Path) -> int:
     started(rank, 2, port)
-    words = "--tiny --gpus 1 2 --precision int8 --block 32x32 --rounds 1 --depths 1 2 --out"
+    words = "--tiny --gpus 1 2 --precision int8 --block 32x32 --rounds 1 --depths 1 2 --overlap --out"
     with contextlib.redirect_stdout(io.StringIO()):
         return multi_gpu.main([*words.split(), str(out)])
 

@@ -7,7 +7,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import diffusers
@@ -21,7 +21,7 @@ from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
 from ..plan.plan import LayerPlan
 from ..precision import Precision
-from .exchange import to_heads, to_tokens
+from .exchange import by_parts, to_heads, to_tokens
 from .ranks import Ranks
 
 NAME = "paro"
@@ -78,6 +78,7 @@ class Operands:
         heads: Heads of every rank, (ranks, heads of each); None for one process, as `places`.
         sizes: Tokens of every rank.
         places: Where the model's positions lie after the exchange, (tokens,).
+        parts: The same for each part of the own heads.
     """
 
     mask: BlockMask
@@ -87,6 +88,7 @@ class Operands:
     heads: Tensor | None = None
     sizes: tuple[int, ...] = ()
     places: Tensor | None = None
+    parts: "tuple[Operands, ...]" = ()
 
 
 class Layer:
@@ -157,21 +159,29 @@ class Layer:
         return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
 
     def _operands(self, phase: int, layout: Layout, device: torch.device) -> Operands:
+        ranks = self.owner.ranks
+        if ranks is None:
+            return self._operands_of(phase, layout, device)
+        assert self.plan is not None
+        parts, sizes, places = ranks.deal(self.plan.mask[phase]), ranks.sizes(layout), ranks.places(layout).to(device)
+
+        def own(dealt: Tensor, *parts: Operands) -> Operands:
+            found = self._operands_of(phase, layout, device, dealt[ranks.rank])
+            return replace(found, heads=dealt.to(device), sizes=sizes, places=places, parts=parts)
+
+        return own(torch.cat(parts, 1), *map(own, parts))
+
+    def _operands_of(self, phase: int, layout: Layout, device: torch.device, own: Tensor | None = None) -> Operands:
+        """Those of all heads, or of some."""
         assert self.plan is not None and self.order is not None
         mask, order, precision = self.plan.mask[phase], self.order, self.precision(phase)
-        shared: dict[str, Any] = {}
-        ranks = self.owner.ranks
-        if ranks is not None:
-            dealt = ranks.deal(mask)
-            own = dealt[ranks.rank]
+        if own is not None:
             mask, order = BlockMask(mask.bits[own.to(mask.bits.device)], mask.key_blocks, mask.block), order[own]
             precision = tuple(precision[head] for head in own.tolist()) if isinstance(precision, tuple) else precision
-            places = ranks.places(layout).to(device)
-            shared = {"heads": dealt.to(device), "sizes": ranks.sizes(layout), "places": places}
         mask = mask.with_text(layout.grid.tokens, layout.text.tokens).to(device)
         if device.type == "cuda" or self.owner.impl == "triton":
             _ = mask.launch_order
-        return Operands(mask, self.owner.table(layout, device), order.to(device), precision, **shared)
+        return Operands(mask, self.owner.table(layout, device), order.to(device), precision)
 
 
 def attend(
@@ -214,9 +224,17 @@ def attend(
         out = _follow(layer, layout, operands, query, key, value, attn_mask, scale)
     else:
         attn_mask = None if attn_mask is None else ranks.whole_mask(attn_mask, operands.sizes, operands.places)
-        shared = to_heads(query, key, value, operands.heads, operands.sizes, ranks.group)
-        out = _follow(layer, layout, operands, *shared, attn_mask, scale)
-        out = to_tokens(out, operands.heads, operands.sizes, query.shape[1], ranks.group)
+        if torch.compiler.is_compiling():
+            q, k, v = to_heads(query, key, value, operands.heads, operands.sizes, ranks.group)
+            out = _follow(layer, layout, operands, q, k, v, attn_mask, scale)
+            out = to_tokens(out, operands.heads, operands.sizes, query.shape[1], ranks.group)
+        else:
+            parts, heads = operands.parts, [part.heads for part in operands.parts if part.heads is not None]
+
+            def follow(part: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return _follow(layer, layout, parts[part], q, k, v, attn_mask, scale)
+
+            out = by_parts(follow, query, key, value, heads, operands.sizes, ranks.group)
     if counting:
         assert call.phase is not None
         layer.sparse_calls[call.phase, layout.text.tokens] += 1
