@@ -25,7 +25,8 @@ linear layers, other, idle. `gaps_ms` is when no kernel ran while they were seen
 beyond that of the dense row, as a share of `ms`: what ours adds around its kernels. The clock of the GPU differs from
 row to row, so the dense row's other kernels are scaled by how much longer the same linear layers took; waiting is idle,
 but no more than the gaps, since a slower clock looks like idle time and a profiler's launches like gaps. `peak_gib` is
-the peak of one forward, weights included. `predicted_ms` is what `paro doctor` expects.
+the peak of one forward, weights included. `predicted_ms` is what the cost model says, with the rates that are packaged
+for the GPU (rates.py); null where there are none.
 """
 
 import argparse
@@ -62,10 +63,9 @@ from forwards import BACKENDS, BASELINE, attending, caching, compiled, fp8_linea
 from gate import LARGEST_ERROR, Wrong, attention_error, check_output, check_what_ran
 from kernel_times import PARTS, Breakdown, breakdown, profiled
 from paroattn import apply, remove
-from paroattn.block_mask import parse_block
-from paroattn.evaluation.forecast import Forecast, forecast, workload
 from paroattn.plan.plan import TransformerPlan
 from peers import Missing
+from predictions import predicted_ms
 from records import environment, merge
 from timing import medians
 
@@ -75,8 +75,8 @@ KEY = (
     "extrapolated",
 )  # fmt: skip
 NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "gaps_ms", "peak_gib")
-NOT_TIMED = ("kernel", "predicted_ms", "density_executed")
-COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead")
+NOT_TIMED = ("kernel", "density_executed")
+COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead", "predicted_ms")
 EVERY_SECOND = "first-block, every second step"
 MODES = {"eager": False, "compiled": True}
 DEPTHS, SMOKE_DEPTHS = (2, 6), (1, 2)
@@ -118,7 +118,6 @@ class Choice:
         whole: Measure the whole model, in three rows.
         rounds: Forwards to take the median of.
         profile: Rows list the kernels that take longest.
-        forecast: Eager rows of cuDNN's attention and ours say what `paro doctor` predicts.
         impl: Implementation of ours.
     """
 
@@ -131,7 +130,6 @@ class Choice:
     whole: bool = False
     rounds: int = 5
     profile: bool = False
-    forecast: bool = False
     impl: str = "auto"
 
 
@@ -240,7 +238,6 @@ class Bench:
     def __init__(self, transformer: Any, model: Architecture, inputs: Inputs, choice: Choice):
         self.transformer, self.model, self.inputs, self.choice = transformer, model, inputs, choice
         self.plans: dict[tuple[float, str], TransformerPlan] = {}
-        self.forecasts: dict[float, Forecast] = {}
         self.quantised = False
         self._graph: tuple[Any, ...] | None = None
 
@@ -273,7 +270,8 @@ class Bench:
                 backend = BACKENDS.get(kind.impl, BACKENDS[BASELINE])
                 stack.enter_context(attending(transformer, backend, self.inputs, everywhere=kind.impl != OURS))
             if kind.impl == OURS:
-                apply(transformer, self.plan(kind), precision=kind.precision, impl=self.choice.impl)
+                settings: dict[str, Any] = {"precision": kind.precision, "impl": self.choice.impl}
+                apply(transformer, self.plan(kind), **settings, even_if_slower=True)
                 stack.callback(remove, transformer)
             if kind.compiled and not kind.step_cache:
                 stack.enter_context(compiled(transformer, self.model))
@@ -336,26 +334,6 @@ class Bench:
             self.plans[key] = plan_of(self.transformer, self.model, *key)
         return self.plans[key]
 
-    def predicted(self, kind: Kind) -> float | None:
-        """Milliseconds that `paro doctor` predicts for the whole model, if it does for such a row."""
-        plain = not (kind.compiled or kind.fp8_linears or kind.step_cache)
-        if not (self.choice.forecast and plain and kind.impl in (OURS, BASELINE)):
-            return None
-        forecast = self.forecast(kind.density if kind.impl == OURS else min(self.choice.densities))
-        inside = forecast.sparse_ms[kind.precision] if kind.impl == OURS else forecast.dense_ms
-        return _significant(self.model.batch * sum(self.model.depth) * (inside + forecast.around_ms))
-
-    def forecast(self, density: float) -> Forecast:
-        """One layer of the model as `paro doctor` times it."""
-        if density not in self.forecasts:
-            hidden = self.inputs["hidden_states"]
-            self.forecasts[density] = forecast(
-                workload(self.model.workload[0]), self.model.workload[1], density, self.choice.precisions,
-                block=parse_block(self.choice.block or MAIN_BLOCK[self.model.head_dim]), device=hidden.device,
-                dtype=hidden.dtype,
-            )  # fmt: skip
-        return self.forecasts[density]
-
     def executed(self, kind: Kind) -> float:
         """Density over all blocks, text among them."""
         if kind.impl != OURS:
@@ -384,7 +362,7 @@ class Bench:
         measured = [{"depth": list(depth), "ms": _significant(each.ms)} for depth, each in zip(at, found, strict=True)]
         about = {
             "depth": sum(self.model.depth), "extrapolated": len(at) > 1,
-            "predicted_ms": self.predicted(kind), "density_executed": self.executed(kind),
+            "density_executed": self.executed(kind),
             "kernel": profile and profile.attention, "measured": measured,
         }  # fmt: skip
         if profile is None or not self.choice.profile:
@@ -437,7 +415,9 @@ def _compared(row: dict[str, Any], baseline: Callable[..., dict[str, Any] | None
         return _significant(over["ms"] / row["ms"]) if over and row["ms"] else None
 
     speedups = speedup(dense(fp8_linears=False)), speedup(same), speedup(baseline(impl=STOCK))
-    return dict(zip(COMPARED, (*speedups, _overhead(row, same)), strict=True))
+    predicted = predicted_ms(row)
+    others = _overhead(row, same), predicted and _significant(predicted)
+    return dict(zip(COMPARED, (*speedups, *others), strict=True))
 
 
 def _overhead(row: dict[str, Any], dense: dict[str, Any] | None) -> float | None:
@@ -522,7 +502,6 @@ def parser() -> argparse.ArgumentParser:
     add("--depths", nargs="+", default=[*map(str, DEPTHS)], help="two depths, full, or both")
     add("--rounds", type=int, help="5, and 3 with the whole model")
     add("--profile", action="store_true", help="list the kernels that take longest in every row")
-    add("--forecast", action="store_true", help="let paro doctor predict the eager rows, cudnn's and ours")
     add("--smoke", action="store_true", help="does everything run: least density, eager, one round of few blocks")
     add("--device", default="cuda")
     add("--out", type=Path, help="result file to merge the rows into; without it they are only printed")
@@ -534,7 +513,7 @@ def chosen(options: argparse.Namespace) -> Choice:
     depths, whole = depths_of(options.depths)
     choice = Choice(
         tuple(options.rows), tuple(options.densities), tuple(options.precisions), options.block, tuple(options.modes),
-        depths, whole, options.rounds or (3 if whole else 5), options.profile, options.forecast,
+        depths, whole, options.rounds or (3 if whole else 5), options.profile,
     )  # fmt: skip
     if not options.smoke:
         return choice

@@ -342,7 +342,7 @@ class TestToolchain:
     @pytest.fixture(autouse=True)
     def nothing_built_yet(self, monkeypatch, tmp_path):
         toolchain.check_toolchain.cache_clear()
-        monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(knobs.build, "impl", None)
         monkeypatch.delenv("CC", raising=False)
         self.programs = {"gcc", "clang"}

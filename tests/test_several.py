@@ -25,7 +25,8 @@ from paroattn.demo.prompt import EVALUATION_PROMPTS
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration import ranks
 from paroattn.integration.apply import set_noise_level
-from paroattn.integration.ranks import Ranks, digest
+from paroattn.integration.operands import Followed
+from paroattn.integration.ranks import Ranks
 from paroattn.integration.splits import split_sequence
 from paroattn.kernels.dealing import collect, deal
 from paroattn.plan.plan import PlanError
@@ -119,6 +120,28 @@ def test_two_processes_compute_what_one_does(two_ranks, name):
 @pytest.mark.parametrize("name", RAGGED)
 def test_four_processes_with_unequal_parts_compute_what_one_does(four_ranks, name):
     check_equal(four_ranks, name)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_masks_orders_and_precision_are_those_of_the_heads_of_a_rank_in_every_phase(parts, rank, monkeypatch):
+    monkeypatch.setattr(ranks, "PARTS", parts)
+    plan = random_plan(phases=TWO_PHASES, heads=8, seed=3)
+    layer = replace(plan.layers["blocks.0.attn1"], precision=(("fp32", "int8") * 4, ("int8",) * 3 + ("fp32",) * 5))
+    two, order = Ranks(None, rank, 2, "", True), torch.arange(8, dtype=torch.int32)
+    table, layout = torch.zeros(8, plan.grid.tokens, dtype=torch.int32), Layout(plan.grid)
+    followed = Followed(layer, order, table, layout, torch.device("cpu"), two, launch_order=False)
+    for phase in (0, 1, 0):
+        found = followed.follow(phase, layer.precision[phase])
+        assert followed.follow(phase, layer.precision[phase]) is found
+        assert len(found.parts) == (0 if parts == 1 else parts)
+        dealt = two.deal(layer.mask[phase])
+        for part, heads in zip((found, *found.parts), (torch.cat(dealt, 1), *dealt), strict=False):
+            assert part.heads is not None and part.heads.equal(heads)
+            assert part.order.equal(order[heads[rank]])
+            assert part.mask.dense().equal(layer.mask[phase].dense()[heads[rank]])
+            assert part.precision == tuple(layer.precision[phase][head] for head in heads[rank])
+    assert not two.deal(layer.mask[0])[0].equal(two.deal(layer.mask[1])[0])
 
 
 def uneven_plan() -> Any:
@@ -370,8 +393,8 @@ def test_plans_that_differ_in_anything_have_other_digests():
         replace(plan, layers={**plan.layers, name: replace(layer, precision=layer.precision[::-1])}),
         replace(plan, layers=dict(reversed(plan.layers.items()))),
     ]
-    assert len({digest(each) for each in (plan, *changed)} | {digest(plan, "int8")}) == 6
-    assert digest(plan, 1) == digest(uneven_plan(), 1)
+    assert len({each.digest() for each in (plan, *changed)} | {plan.digest("int8")}) == 6
+    assert plan.digest(1) == uneven_plan().digest(1)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -460,7 +483,8 @@ def test_paro_generate_under_torchrun_writes_one_clip_and_speaks_once(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
     assert main([*WORDS, "--out", str(tmp_path / "alone.png")]) == 0
     shown, alone = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=float) for name in ("0", "alone"))
-    assert shown.std() > 10 and np.abs(shown - alone).max() <= 1
+    off = np.abs(shown - alone)  # in float32, on another number of threads
+    assert shown.std() > 10 and off.max() <= 3 and off.mean() < 0.05
 
 
 def on_gpus(rank: int) -> dict[str, float]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
 TILES = ("4x4x4", "1x8x8", "16x2x2", "4x2x8")
+CANDIDATES = ORDERS + TILES
+"""What a calibration measures and a plan chooses from unless told otherwise."""
 _SIZE = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}")
 
 

@@ -41,6 +41,24 @@ def plan_table(name: str, part: Any) -> Table:
     return table
 
 
+def curve_table(name: str, curve: Any) -> Table:
+    """One transformer's curve of density, predicted error and predicted time, the chosen point marked."""
+    from ..evaluation.curve_page import cell, columns_of, rows_of
+    from ..plan.curve import MEANINGS
+
+    where = f"; times of one compiled forward on an {curve['gpu']}" if curve["gpu"] else ""
+    table = Table(title=f"{name}: predicted error {MEANINGS[curve['error_of']]}{where}", title_justify="left")
+    columns = columns_of(curve)
+    for _, head in columns:
+        table.add_column(head, justify="right")
+    for point, chosen in rows_of(curve):
+        cells = [cell(key, point[key]) for key, _ in columns]
+        table.add_row(*cells, style="bold" if chosen else None)
+    if curve["times_unknown"]:
+        table.caption, table.caption_justify = f"not predicted: {curve['times_unknown']}", "left"
+    return table
+
+
 @contextmanager
 def stages() -> Iterator[Callable[[str, float], None]]:
     """Progress bars, one per stage, made when a stage first reports."""

@@ -25,6 +25,7 @@ def apply(
     strict: bool = True,
     precision: str | Precision | None = None,
     impl: str = "auto",
+    even_if_slower: bool = False,
 ) -> None:
     """Run a model's self-attentions by a plan, until `remove`.
 
@@ -35,6 +36,9 @@ def apply(
             warning and a line in the report.
         precision: Instead of the plan's, for all heads.
         impl: Which implementation runs, see `paroattn.attention`.
+        even_if_slower: Follow the plan in layers too that dense attention is predicted to serve faster on this GPU.
+            By default these run dense, with a warning and their reason in the report. Only GPUs whose times are known
+            predict anything, and an `impl` that is named runs in any case.
 
     Raises:
         PlanError: If the plan does not fit the model; the model is unchanged.
@@ -46,7 +50,12 @@ def apply(
         raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
     transformers, pipeline = targets_of(target)
     plans = _plans(transformers, pipeline, plan, strict)
-    settings: dict[str, Any] = {"strict": strict, "precision": precision and Precision.parse(precision), "impl": impl}
+    settings: dict[str, Any] = {
+        "strict": strict,
+        "precision": precision and Precision.parse(precision),
+        "impl": impl,
+        "even_if_slower": even_if_slower,
+    }
     for name, part in plans.items():
         _check_free(transformers[name])
         sizes = {layer: head_size(attn) for layer, attn in self_attentions(transformers[name]).items()}

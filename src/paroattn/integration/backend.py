@@ -7,7 +7,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import diffusers
@@ -16,12 +16,13 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
+from ..kernels.presence import attention_with_presence
 from ..plan.plan import LayerPlan
 from ..precision import Precision
 from .exchange import by_parts, to_heads, to_tokens
+from .operands import Followed, Operands, Precisions
 from .ranks import Ranks
 
 NAME = "paro"
@@ -43,6 +44,8 @@ class Call:
         dense: Why the call runs dense.
         observer: Called as observer(layer name, attention module, q, k, v, layout, call) before each attention, without
             the padding of its text: batch elements with different numbers of real tokens come one after another.
+        presence: If given, the call can be differentiated, and the backward pass calls presence(layer name, phase,
+            sums) with the effect of every block's presence on the loss, (B, H, Nq, Nk), text included.
     """
 
     layout: Layout | None
@@ -51,6 +54,7 @@ class Call:
     phase: int | None = None
     dense: str | None = None
     observer: Observer | None = None
+    presence: Callable[[str, int, Tensor], None] | None = None
 
 
 class Owner(Protocol):
@@ -66,31 +70,6 @@ class Owner(Protocol):
     def table(self, layout: Layout, device: torch.device) -> Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """What a layer hands to the operation besides q, k and v; of several ranks, each those of its own heads.
-
-    Attributes:
-        mask: Kept blocks of the whole sequence.
-        table: Gather tables of the plan's orders, shared by all layers.
-        order: Row of `table` for each head, (H,).
-        precision: One name if all heads agree, else one per head.
-        heads: Heads of every rank, (ranks, heads of each); None for one process, as `places`.
-        sizes: Tokens of every rank.
-        places: Where the model's positions lie after the exchange, (tokens,).
-        parts: The same for each part of the own heads.
-    """
-
-    mask: BlockMask
-    table: Tensor
-    order: Tensor
-    precision: Precision | str | tuple[str, ...]
-    heads: Tensor | None = None
-    sizes: tuple[int, ...] = ()
-    places: Tensor | None = None
-    parts: "tuple[Operands, ...]" = ()
-
-
 class Layer:
     """One planned self-attention: its part of the plan, and what became of its calls.
 
@@ -101,6 +80,8 @@ class Layer:
         video_only: It sees the video without the text.
         padding_last: Padded text always stands behind the real tokens.
         operands: For the running call.
+        faster_dense: Dense attention is predicted to serve it faster. Compiled code looks at this, but not at why.
+        why_dense: In words; empty if it is not.
         ran: What ran the layer, by phase, such as "triton".
         sparse_calls: By phase and number of text tokens.
         dense_calls: By reason. Neither counts calls inside torch.compile.
@@ -124,24 +105,29 @@ class Layer:
         self.sparse_calls: Counter[tuple[int, int]] = Counter()
         self.dense_calls: Counter[str] = Counter()
         self.operands: Operands | None = None
+        self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
-        self._known: dict[Any, Operands] = {}
+        self._known: dict[tuple[TextSpan, torch.device], Followed] = {}
 
     def sees(self, layout: Layout) -> Layout:
         """The part of a call's sequence that reaches this layer."""
         return Layout(layout.grid) if self.video_only else layout
 
     def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
-        """Set `operands` to those of a phase on a device; they are kept until another phase is followed."""
+        """Set `operands` to those of a phase on a device; the masks of one phase at a time are there."""
         assert self.plan is not None and self.order is not None
         layout = self.sees(layout)
-        key = (phase, layout.text, device)
+        key = (layout.text, device)
         if key not in self._known:
-            if len(self._known) >= LAYOUTS_KEPT or any(known != phase for known, *_ in self._known):
+            if len(self._known) >= LAYOUTS_KEPT:
                 self._known.clear()
-            self._known[key] = self._operands(phase, layout, device)
-        self.operands, self._followed = self._known[key], (phase, layout)
-        return self.operands
+            self._known[key] = Followed(
+                self.plan, self.order, self.owner.table(layout, device), layout, device, self.owner.ranks,
+                launch_order=device.type == "cuda" or self.owner.impl == "triton",
+            )  # fmt: skip
+        operands = self._known[key].follow(phase, self.precision(phase))
+        self.operands, self._followed = operands, (phase, layout)
+        return operands
 
     def operands_on(self, device: torch.device) -> Operands:
         """`operands` where q, k and v are: elsewhere than expected if they moved on their way to the layer."""
@@ -152,36 +138,11 @@ class Layer:
         """Drop what was made for other ranks."""
         self._known.clear()
 
-    def precision(self, phase: int) -> Precision | str | tuple[str, ...]:
+    def precision(self, phase: int) -> Precisions:
         """Precision of a phase: one name if all heads agree, else one per head."""
         assert self.plan is not None
         heads = self.plan.precision[phase]
         return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
-
-    def _operands(self, phase: int, layout: Layout, device: torch.device) -> Operands:
-        ranks = self.owner.ranks
-        if ranks is None:
-            return self._operands_of(phase, layout, device)
-        assert self.plan is not None
-        parts, sizes, places = ranks.deal(self.plan.mask[phase]), ranks.sizes(layout), ranks.places(layout).to(device)
-
-        def own(dealt: Tensor, *parts: Operands) -> Operands:
-            found = self._operands_of(phase, layout, device, dealt[ranks.rank])
-            return replace(found, heads=dealt.to(device), sizes=sizes, places=places, parts=parts)
-
-        return own(torch.cat(parts, 1), *map(own, parts))
-
-    def _operands_of(self, phase: int, layout: Layout, device: torch.device, own: Tensor | None = None) -> Operands:
-        """Those of all heads, or of some."""
-        assert self.plan is not None and self.order is not None
-        mask, order, precision = self.plan.mask[phase], self.order, self.precision(phase)
-        if own is not None:
-            mask, order = BlockMask(mask.bits[own.to(mask.bits.device)], mask.key_blocks, mask.block), order[own]
-            precision = tuple(precision[head] for head in own.tolist()) if isinstance(precision, tuple) else precision
-        mask = mask.with_text(layout.grid.tokens, layout.text.tokens).to(device)
-        if device.type == "cuda" or self.owner.impl == "triton":
-            _ = mask.launch_order
-        return Operands(mask, self.owner.table(layout, device), order.to(device), precision)
 
 
 def attend(
@@ -213,28 +174,15 @@ def attend(
     if reason is not None:
         if counting:
             layer.dense_calls[reason] += 1
-        if ranks is None:
-            return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
-        if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
-            attn_mask = ranks.arrived_mask(attn_mask, layout)
-        return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
+        return _all_blocks(dense, layer, layout, attn_mask)
+    if layer.faster_dense:
+        if counting:
+            layer.dense_calls[layer.why_dense] += 1
+        return _all_blocks(dense, layer, layout, attn_mask)
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
     operands = layer.operands_on(query.device)
-    if ranks is None or operands.heads is None or operands.places is None:
-        out = _follow(layer, layout, operands, query, key, value, attn_mask, scale)
-    else:
-        attn_mask = None if attn_mask is None else ranks.whole_mask(attn_mask, operands.sizes, operands.places)
-        if torch.compiler.is_compiling():
-            q, k, v = to_heads(query, key, value, operands.heads, operands.sizes, ranks.group)
-            out = _follow(layer, layout, operands, q, k, v, attn_mask, scale)
-            out = to_tokens(out, operands.heads, operands.sizes, query.shape[1], ranks.group)
-        else:
-            parts, heads = operands.parts, [part.heads for part in operands.parts if part.heads is not None]
-
-            def follow(part: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return _follow(layer, layout, parts[part], q, k, v, attn_mask, scale)
-
-            out = by_parts(follow, query, key, value, heads, operands.sizes, ranks.group)
+    run = _follow if ranks is None else functools.partial(_follow_shared, ranks)
+    out = run(layer, layout, operands, query, key, value, attn_mask, scale)
     if counting:
         assert call.phase is not None
         layer.sparse_calls[call.phase, layout.text.tokens] += 1
@@ -244,6 +192,35 @@ def attend(
                 some, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
             )
     return out
+
+
+def _all_blocks(dense: Callable[..., Tensor], layer: Layer, layout: Layout | None, attn_mask: Tensor | None) -> Tensor:
+    """Dense attention as the layer would run it without a plan, of a whole sequence if several ranks share it."""
+    ranks = layer.owner.ranks
+    if ranks is None:
+        return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
+    if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
+        attn_mask = ranks.arrived_mask(attn_mask, layout)
+    return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
+
+
+def _follow_shared(
+    ranks: Ranks, layer: Layer, layout: Layout, operands: Operands, query: Tensor, key: Tensor, value: Tensor,
+    attn_mask: Tensor | None, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention by the plan of a sequence that several ranks share: tokens go where their heads are, and back."""
+    assert operands.heads is not None and operands.places is not None
+    own, sizes, group = query.shape[1], operands.sizes, ranks.group
+    attn_mask = None if attn_mask is None else ranks.whole_mask(attn_mask, sizes, operands.places)
+
+    def follow(part: Operands, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _follow(layer, layout, part, q, k, v, attn_mask, scale)
+
+    if operands.parts and not torch.compiler.is_compiling():
+        parts = [(part.heads, functools.partial(follow, part)) for part in operands.parts if part.heads is not None]
+        return by_parts(query, key, value, parts, sizes, group)
+    shared = to_heads(query, key, value, operands.heads, sizes, group)
+    return to_tokens(follow(operands, *shared), operands.heads, sizes, own, group)
 
 
 def _follow(
@@ -261,6 +238,14 @@ def _follow(
         text = layout.text_positions
         text = text if operands.places is None else operands.places[text]
         key, value = _real_text_first(layout, attn_mask, text, key, value)
+    call = layer.owner.call
+    if call is not None and call.presence is not None:
+        assert call.phase is not None
+        return attention_with_presence(
+            query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
+            table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
+            valid_text=_valid_text(layout, attn_mask), softmax_scale=scale,
+        )  # fmt: skip
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,
         text_tokens=layout.text.tokens, valid_text=_valid_text(layout, attn_mask),

@@ -13,13 +13,17 @@ from torch import nn
 
 from ..capture import CaptureSettings, Statistics
 from ..files import check_writable, writing_folder
+from ..grid import CANDIDATES
 from ..kernels.attention import OWN_PRECISION
+from ..plan.cost import rates_of
 from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
-from ..plan.search import PlanSettings, make_plan
+from ..plan.search import DENSITY, PlanSettings, make_plan
+from ..plan.workloads import known_model
 from .apply import recording, unwrapped
 from .collecting import Collector, Economy, StartOver, check_prompts, explained
 from .generate import run
 from .journal import Journal, described, discard, unfinished
+from .models import head_size, self_attentions
 from .processes import everyones, group, wait
 from .sensitivity import check_sensitivity, measure_sensitivity
 
@@ -61,7 +65,7 @@ def calibrate(
     Args:
         pipe: A diffusers pipeline with a known transformer; it may be offloaded.
         prompts: Calibration prompts.
-        density: Kept video blocks over all, above 0 and at most 1; that of `settings`, 0.25, by default.
+        density: Kept video blocks over all, above 0 and at most 1; the target of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
         precision: Precision of every head; that of `settings`, or the transformer's own dtype, by default.
         capture: What to measure; what `settings` needs, on every query row, by default.
@@ -93,9 +97,10 @@ def calibrate(
     """
     settings = settings or PlanSettings()
     settings = replace(settings, precision=precision or settings.precision or own_precision(pipe))
-    settings = settings if density is None else replace(settings, density=density)
+    settings = settings if density is None else settings.at(density)
     capture = capture or needed_by(settings)
     settings.check_measured(capture)
+    check_times(pipe, settings, capture)
     check_sensitivity(sensitivity, sensitivity_seeds)
     if capture.block_stride > 1:
         raise ValueError(
@@ -125,9 +130,26 @@ def calibrate(
     return plan
 
 
+def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> None:
+    """Check that times are known that a target speed-up needs.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if settings.speedup is None:
+        return
+    rates = rates_of(settings.gpu)
+    for transformer in transformers_of(pipe).values():
+        attentions = self_attentions(transformer)
+        heads, head_dim = head_size(next(iter(attentions.values())))
+        rates.kernel(head_dim, capture.block, settings.precision or own_precision(pipe))
+        known_model(type(transformer).__name__, heads, head_dim, len(attentions), own_config(transformer))
+
+
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
     """The least that a calibration must measure for such a plan."""
-    orders = tuple(dict.fromkeys(("FHW", *settings.orders)))
+    candidates = settings.orders or (() if settings.order_score == "none" else CANDIDATES)
+    orders = tuple(dict.fromkeys(("FHW", *candidates)))
     by_mass = "mass" in (settings.order_score, settings.mask_score)
     return CaptureSettings(orders=orders, paper=settings.order_score == "paper", whole_mass=by_mass, **changes)
 
@@ -191,7 +213,8 @@ def collect(
     capture = capture or CaptureSettings()
     exact = True if capture.block_stride > 1 else exact
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
-    orders = {name: getattr(settings, name) for name in ("density", "order_score", "mask_score", "orders")}
+    chosen_at = {"density": settings.density or DENSITY}
+    orders = chosen_at | {name: getattr(settings, name) for name in ("order_score", "mask_score", "orders")}
     asked = {
         "prompts": prompts, "steps": steps, "seed": seed, "call": call,
         "models": {name: _told_apart(each) for name, each in transformers.items()},

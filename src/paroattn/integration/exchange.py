@@ -16,33 +16,29 @@ from ..kernels.dealing import collect, deal
 
 
 def by_parts(
-    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parts: Sequence[Tensor],
-    sizes: Sequence[int],
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[tuple[Tensor, Callable[..., Tensor]]], sizes: Sequence[int],
     group: str,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of all heads, one part of each rank's after the other, so that one computes while another travels.
 
     Args:
-        attend: attend(part, q, k, v) of (B, N, heads, D) as (B, N, heads, D).
         q, k, v: (B, own tokens, H, D).
-        parts: Heads of every rank in each part, (ranks, heads).
+        parts: Heads of every rank, (ranks, heads of each), and what makes of their q, k and v, (B, N, own heads, D),
+            one tensor like these.
         sizes: Tokens of every rank.
         group: Name of the process group.
 
     Returns:
         (B, own tokens, H, D).
     """
-    arriving = [_send_tokens((q, k, v), heads, list(sizes), group) for heads in parts]
+    sizes, own = list(sizes), q.shape[1]
+    arriving = [_send_tokens((q, k, v), heads, sizes, group) for heads, _ in parts]
     leaving = [
-        _send_heads(attend(part, *(x.transpose(0, 1) for x in arrived())), list(sizes), q.shape[1], group)
-        for part, arrived in enumerate(arriving)
+        _send_heads(attend(*(x.transpose(0, 1) for x in arrived())), sizes, own, group)
+        for (_, attend), arrived in zip(parts, arriving, strict=True)
     ]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for heads, arrived in zip(parts, leaving, strict=True):
+    for (heads, _), arrived in zip(parts, leaving, strict=True):
         collect(arrived(), heads, out)
     return out
 

@@ -23,8 +23,12 @@ def count() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[int]:
+def joined(timeout: timedelta = TIMEOUT, *, over_gpus: bool = True) -> Iterator[int]:
     """Join the other processes for a while; yields their number. One process joins nobody.
+
+    Args:
+        timeout: How long a process waits for the others.
+        over_gpus: Exchange tensors between GPUs, of which every process then needs one of its own.
 
     Raises:
         ValueError: If there are fewer GPUs than processes on this machine.
@@ -34,11 +38,11 @@ def joined() -> Iterator[int]:
         yield 1
         return
     gpus = torch.cuda.device_count()
-    if 0 < gpus <= local:
+    if over_gpus and 0 < gpus <= local:
         raise ValueError(f"every process needs a GPU; there are {gpus}. Start torchrun with --nproc-per-node {gpus}.")
     if gpus:
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+        torch.cuda.set_device(local % gpus)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus and over_gpus else "gloo", timeout=timeout)
     try:
         yield processes
     finally:

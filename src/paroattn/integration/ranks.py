@@ -4,7 +4,6 @@ diffusers splits video and text apart, so that after the exchange a joint sequen
 rank 1's. Kernels read it through the gather table, so nothing is moved for that.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -86,7 +85,7 @@ class Ranks:
         Raises:
             PlanError: If a rank has another plan or settings.
         """
-        mine = torch.frombuffer(bytearray(digest(plan, *settings)), dtype=torch.uint8).to(device)
+        mine = torch.frombuffer(bytearray(plan.digest(*settings), "ascii"), dtype=torch.uint8).to(device)
         all_ = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(all_, mine, self._process_group)
         others = [rank for rank, each in enumerate(all_) if not torch.equal(each, all_[0])]
@@ -156,15 +155,3 @@ def ranks_of(transformer: nn.Module) -> Ranks | None:
     return Ranks(
         config, dist.get_rank(group), dist.get_world_size(group), group.group_name, bool(context.ulysses_anything)
     )
-
-
-def digest(plan: TransformerPlan, *settings: Any) -> bytes:
-    """SHA-256 of all that decides what runs."""
-    found = hashlib.sha256(
-        repr((plan.model_class, plan.heads, plan.head_dim, plan.grid, plan.block, plan.phases, settings)).encode()
-    )
-    for name, layer in plan.layers.items():
-        found.update(repr((name, layer.orders, layer.precision)).encode())
-        bits: Any = layer.mask.bits.cpu().contiguous().numpy()
-        found.update(bits)
-    return found.digest()

@@ -82,7 +82,7 @@ def measure_sensitivity(
     check_sensitivity(what, seeds)
     if what == "none":
         return
-    settings = replace(settings or PlanSettings(), density=PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
+    settings = (settings or PlanSettings()).at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
     plans = {name: make_plan(each, settings) for name, each in measured.items()}
     everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
     probes = [(name, place) for name, plan in plans.items() for place in _places(plan, what)]
@@ -92,7 +92,7 @@ def measure_sensitivity(
 
     def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan]) -> Tensor:
         nonlocal done
-        apply(pipe, Plan(plan), precision=precision, impl=impl)
+        apply(pipe, Plan(plan), precision=precision, impl=impl, even_if_slower=True)
         try:
             output = run(pipe, prompt, seed + number, steps=steps, output_type="latent", **call)
         finally:

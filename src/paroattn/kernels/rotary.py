@@ -1,6 +1,6 @@
 """Norm over all heads and rotary embedding of q and k, as Wan does both before attention, in one pass over memory.
 
-Compilers take five times as long over it as memory needs, since a row's norm and its rotation are two loops to them.
+To compilers a row's norm and its rotation are two loops, so that they go through memory more than once.
 """
 
 from importlib import import_module
