@@ -20,7 +20,7 @@ from ..precision import Precision
 from .cpu import cpu_attention
 from .reference import reference_attention
 
-TRITON_FORMATS = {"qk": ("int8", "bf16", "fp16"), "pv": ("int8", "fp8", "bf16", "fp16")}
+TRITON_FORMATS = {"qk": ("int8", "int4", "bf16", "fp16"), "pv": ("int8", "int4", "fp8", "bf16", "fp16")}
 FP32 = ("fp32", "fp32")
 
 
@@ -75,7 +75,7 @@ IMPLEMENTATIONS = {
     ),
     "triton": Implementation(
         _triton,
-        "tensors on a GPU, not float64, and int8, bf16 or fp16 for Q·K with int8, fp8, bf16 or fp16 for P·V",
+        "tensors on a GPU, not float64, int8, int4, bf16 or fp16 for Q·K and int8, int4, fp8, bf16 or fp16 for P·V",
         _triton_usable,
     ),
 }

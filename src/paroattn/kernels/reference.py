@@ -10,7 +10,7 @@
 Quantised products change three lines. K's mean, over every 8th token of the head's order, is subtracted first (softmax
 does not change, whatever is subtracted; lse gets softmax_scale · q·k̄ back), and the channels of Q and K are rotated by
 a Hadamard matrix, which spreads outliers over all channels and leaves q·k as it is. Q gets one scale per token, K one
-per block (INT8, FP8) or per token (INT4), V one per channel. P, which is never negative, is stored unsigned.
+per block, V one per channel; how INT4 rounds them, `four_bits` says. P, which is never negative, is stored unsigned.
 Integers count from each row's own maximum inside each key block: with b = max of s over row and block,
 p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8) or 15 (INT4), and the denominator sums p̂, so that the
 weights of a row add up to one. FP8 needs less care: b is the row's maximum over this and all earlier key blocks, top is
@@ -22,12 +22,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask, blocks_of
+from ..block_mask import BlockMask
 from ..precision import FORMATS, Precision, dequantize, hadamard, quantize, round_to
+from .four_bits import SAMPLE_OF_EVERY, feedback, round_keys, round_queries, round_values, round_weights
 
 ELEMENTS_AT_ONCE = 2**26
-GRANULARITY = {"int8": ("token", "block"), "fp8": ("token", "block"), "int4": ("token", "token")}
 P_FORMAT = {"int8": "uint8", "int4": "uint4"}
+P_TOP = {"int8": 255.0, "int4": 15.0, "fp8": 448.0}
+"""What the largest p of a row is multiplied by before it is rounded."""
 MEAN_OF_EVERY = 8
 """K's mean is taken over one token in so many."""
 
@@ -83,9 +85,9 @@ def reference_attention(
     smoothed = FORMATS[precision.qk].scaled
     mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
     k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
-    q_hat, k_hat = _round_qk(q_, k_, mask.block[1], precision)
+    q_hat, k_hat = _round_qk(q_, k_, real, mask.block[1], precision)
     q_hat = q_hat * softmax_scale
-    v_hat = dequantize(*quantize(v_, FORMATS[precision.pv], "channel"))
+    v_hat = _round_v(v_, precision)
 
     out, lse = torch.empty_like(q_), q_.new_empty(batch, heads, tokens)
     kept = mask.dense()
@@ -96,7 +98,7 @@ def reference_attention(
         keep = keep.repeat_interleave(mask.block[1], 2)[..., :tokens]
         keep = keep if real is None else keep & real[:, :, None]
         scores = (q_hat[:, :, rows] @ k_hat.mT).masked_fill_(~keep, -math.inf)
-        p, total, largest = _round_p(scores, mask.block[1], precision)
+        p, total, largest = _round_p(scores, mask.block, precision)
         out[:, :, rows] = p @ v_hat / total.clamp_min(torch.finfo(compute).tiny)
         lse[:, :, rows] = (largest + total.log()).squeeze(-1)
     if smoothed:
@@ -113,20 +115,29 @@ def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     return k.sum(2, keepdim=True) / real[:, :, ::MEAN_OF_EVERY].sum(2).clamp_min(1)[..., None, None]
 
 
-def _round_qk(q: Tensor, k: Tensor, key_block: int, precision: Precision) -> tuple[Tensor, Tensor]:
+def _round_qk(q: Tensor, k: Tensor, real: Tensor | None, key_block: int, precision: Precision) -> tuple[Tensor, Tensor]:
     form = FORMATS[precision.qk]
     if not form.scaled:
         return round_to(q, form), round_to(k, form)
     rotation = hadamard(q.shape[-1]).to(q)
-    rounded = (
-        quantize(x @ rotation, form, granularity, key_block if granularity == "block" else None)
-        for x, granularity in zip((q, k), GRANULARITY[precision.qk], strict=True)
-    )
+    q, k = q @ rotation, k @ rotation
+    if precision.qk == "int4":
+        samples = (x[:, :, ::SAMPLE_OF_EVERY] for x in (q if real is None else q.masked_fill(~real[..., None], 0), k))
+        for_keys, for_queries = map(feedback, samples)
+        rounded = round_queries(q, for_queries), round_keys(k, for_keys, key_block)
+    else:
+        rounded = quantize(q, form, "token"), quantize(k, form, "block", key_block)
     q_hat, k_hat = (dequantize(*parts) for parts in rounded)
     return q_hat, k_hat
 
 
-def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
+def _round_v(v: Tensor, precision: Precision) -> Tensor:
+    if precision.pv == "int4":
+        return dequantize(*round_values(v))
+    return dequantize(*quantize(v, FORMATS[precision.pv], "channel"))
+
+
+def _round_p(scores: Tensor, block: tuple[int, int], precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
     """exp(scores − row maximum) as the second product sees it, its denominator and the row maximum.
 
     Overwrites `scores`.
@@ -138,14 +149,14 @@ def _round_p(scores: Tensor, block: int, precision: Precision) -> tuple[Tensor, 
         p = scores.sub_(largest).exp_()
         return round_to(p, form), p.sum(-1, keepdim=True), largest
     tokens = scores.shape[-1]
-    padding = blocks_of(tokens, block) * block - tokens
-    blocks = torch.nn.functional.pad(scores, (0, padding), value=-math.inf).unflatten(-1, (-1, block))
+    padding = -tokens % block[1]
+    blocks = torch.nn.functional.pad(scores, (0, padding), value=-math.inf).unflatten(-1, (-1, block[1]))
     highest = blocks.amax(-1, keepdim=True).clamp_min(lowest)
     if form.dtype.is_floating_point:
         highest = highest.cummax(-2).values
-    p = (blocks - highest).exp_().mul_(form.highest)
-    stored = round_to(p, form)
-    weight = (highest - largest[..., None]).exp_() / form.highest
+    p = (blocks - highest).exp_().mul_(P_TOP[precision.pv])
+    stored = round_weights(p, block[0]) if precision.pv == "int4" else round_to(p, form)
+    weight = (highest - largest[..., None]).exp_() / P_TOP[precision.pv]
     summed = p if form.dtype.is_floating_point else stored
     total = (summed.sum(-1, keepdim=True) * weight).sum(-2)
     return (stored * weight).flatten(-2)[..., :tokens], total, largest
