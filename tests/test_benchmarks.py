@@ -3,19 +3,23 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import attention as benchmark
+import int4
+import paroattn
 import peers
 import prepare
 import records
 import shapes
 import tables
 import timing
-from paroattn.block_mask import blocks_of
+from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import Grid, TextSpan
 from shapes import SHAPES, Shape
 
@@ -386,3 +390,38 @@ def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypat
     assert "too long" not in text
     assert "NVIDIA H200, PyTorch 2.11.0, 2026-01-01." in text
     assert "| wan-14b-480p, int8/fp8, 128x128, uneven | 700 |" in tables.kernels_gpu()
+
+
+def test_every_ingredient_of_int4_changes_what_the_reference_computes():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 150, 2, 64, generator=generator) for _ in range(3))
+    mask, outputs = BlockMask.full(2, 150, (64, 64)), {}
+    expected = paroattn.attention(q, k, v, mask, precision="fp32", impl="reference")
+    variants = [each for each in int4.variants() if each.density == 1]
+    for variant in variants:
+        with ExitStack() as stack:
+            for name, replacement in (variant.patches or {}).items():
+                stack.enter_context(patch.object(int4.reference, name, replacement))
+            out = paroattn.attention(q, k, v, mask, precision=int4.PRECISIONS[variant.what], impl="reference")
+        error = ((out - expected).norm() / expected.norm()).item()
+        assert 0.01 < error < 1.5, variant
+        outputs[variant.what, variant.ingredients] = error
+    assert len(set(outputs.values())) == len(variants) == 12
+    assert {each.what for each in int4.variants() if each.density == 0.5} == {"0.5", "0.5+qk", "0.5+pv", "0.5+qk+pv"}
+
+
+def test_the_table_of_int4_tells_its_rows_apart(monkeypatch):
+    about = {"date": "2026-11-22", "device": "a GPU", "torch": "2.11.0", "triton": None}
+    about |= {"clips": 16, "steps": 24, "guidance": 2.0}
+    rows = [
+        {"what": "0.5+qk+pv", "ingredients": ["a", "b"], "psnr_mean": 30.04} | about,
+        {"what": "pv", "ingredients": ["b"], "psnr_mean": 36.26} | about,
+        {"what": "qk", "ingredients": ["a", "c"], "psnr_mean": 34.0} | about,
+        {"what": "qk", "ingredients": ["a"], "psnr_mean": 31.0} | about,
+    ]
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows if name == "int4" else [])
+    lines = tables.four_bits().splitlines()
+    assert lines[2:6] == [
+        "| Q·K | a | 31.0 |", "| Q·K | a; c | 34.0 |", "| P·V | b | 36.3 |", "| density 0.5, both | a; b | 30.0 |"
+    ]  # fmt: skip
+    assert "16 clips of 24 steps at guidance 2, all heads" in lines[-1]
