@@ -403,6 +403,7 @@ def test_every_ingredient_of_int4_changes_what_the_reference_computes():
             for name, replacement in (variant.patches or {}).items():
                 stack.enter_context(patch.object(int4.reference, name, replacement))
             out = paroattn.attention(q, k, v, mask, precision=int4.PRECISIONS[variant.what], impl="reference")
+        assert isinstance(out, torch.Tensor) and isinstance(expected, torch.Tensor)
         error = ((out - expected).norm() / expected.norm()).item()
         assert 0.01 < error < 1.5, variant
         outputs[variant.what, variant.ingredients] = error
