@@ -14,15 +14,19 @@ inputs that the stock model gave them; if they differ by more than `LARGEST_ERRO
 
 Times are medians of a whole forward, from Python's first launch until the GPU is done. By default, a few blocks of each
 kind are timed at two depths, in turns, and a line through them gives time, memory and profile of the whole model
-(`extrapolated`); `--depths full` times the whole model. `compiled` is diffusers' regional compilation of the repeated
-blocks. FP8 linears are torchao's, scaled by row, in the blocks. The step cache is diffusers' first-block cache. Which
-steps it skips would depend on weights, so here it skips every second one, and `ms` is the mean of both. `density` is
-that of the video's blocks; `density_executed` counts text, which is always dense.
+(`extrapolated`); with `full` among the depths, the whole model takes turns with them and has rows of its own.
+`compiled` is diffusers' regional compilation of the repeated blocks. FP8 linears are torchao's, scaled by row, in the
+blocks. The step cache is diffusers' first-block cache. Which steps it skips would depend on weights, so here it skips
+every second one, and `ms` is the mean of both. `density` is that of the video's blocks; `density_executed` counts text,
+which is always dense.
 
 `*_ms` split one forward by its kernels (kernel_times.py): attention of the planned layers, preparing q, k and v for it,
-linear layers, other, idle. `overhead` is what is other or idle beyond that of the dense row, as a share of `ms`: what
-ours adds around its kernels. `peak_gib` is the peak of one forward, weights included. `predicted_ms` is what
-`paro doctor` expects.
+linear layers, other, idle. `gaps_ms` is when no kernel ran while they were seen. `overhead` is what is other or waiting
+beyond that of the dense row, as a share of `ms`: what ours adds around its kernels. The clock of the GPU differs from
+row to row, so the dense row's other kernels are scaled by how much longer the same linear layers took; waiting is idle,
+but no more than the gaps, since a slower clock looks like idle time and a profiler's launches like gaps. `peak_gib` is
+the peak of one forward, weights included. `predicted_ms` is what the cost model says, with the rates that are packaged
+for the GPU (rates.py); null where there are none.
 """
 
 import argparse
@@ -59,10 +63,9 @@ from forwards import BACKENDS, BASELINE, attending, caching, compiled, fp8_linea
 from gate import LARGEST_ERROR, Wrong, attention_error, check_output, check_what_ran
 from kernel_times import PARTS, Breakdown, breakdown, profiled
 from paroattn import apply, remove
-from paroattn.block_mask import parse_block
-from paroattn.evaluation.forecast import Forecast, forecast, workload
 from paroattn.plan.plan import TransformerPlan
 from peers import Missing
+from predictions import predicted_ms
 from records import environment, merge
 from timing import medians
 
@@ -71,12 +74,13 @@ KEY = (
     "device", "model", "impl", "density", "precision", "block", "compiled", "fp8_linears", "step_cache", "depth",
     "extrapolated",
 )  # fmt: skip
-NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "peak_gib")
-NOT_TIMED = ("kernel", "predicted_ms", "density_executed")
-COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead")
+NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "gaps_ms", "peak_gib")
+NOT_TIMED = ("kernel", "density_executed")
+COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead", "predicted_ms")
 EVERY_SECOND = "first-block, every second step"
 MODES = {"eager": False, "compiled": True}
 DEPTHS, SMOKE_DEPTHS = (2, 6), (1, 2)
+WHOLE = "full"
 GROUPS = ("stock", "cudnn", "sage2", "paroattn", "cache", "fp8")
 HEADLINE = "headline"
 KERNELS_KEPT = 16
@@ -110,10 +114,10 @@ class Choice:
         groups: Which rows, by the names in `kinds`.
         densities, precisions, block: Of ours.
         modes: Of `MODES`.
-        depths: Two to draw a line through; None measures the whole model.
+        depths: Two to draw a line through; None draws none.
+        whole: Measure the whole model, in three rows.
         rounds: Forwards to take the median of.
         profile: Rows list the kernels that take longest.
-        forecast: Eager rows of cuDNN's attention and ours say what `paro doctor` predicts.
         impl: Implementation of ours.
     """
 
@@ -123,9 +127,9 @@ class Choice:
     block: str | None = None
     modes: tuple[str, ...] = tuple(MODES)
     depths: tuple[int, int] | None = DEPTHS
+    whole: bool = False
     rounds: int = 5
     profile: bool = False
-    forecast: bool = False
     impl: str = "auto"
 
 
@@ -168,16 +172,16 @@ def kinds(model: Architecture, choice: Choice) -> list[Kind]:
         "cache": [replace(each, step_cache=EVERY_SECOND) for each in (dense, fastest)],
         "fp8": fp8,
     }
-    if choice.depths is None:
+    if choice.whole:
         groups = {"cudnn": [dense], "paroattn": [fastest], "fp8": fp8[1:]}
     found = dict.fromkeys(kind for name in choice.groups for kind in groups.get(name, ()))
     return sorted(found, key=lambda kind: kind.fp8_linears)
 
 
 def points(model: Architecture, depths: tuple[int, int] | None) -> list[tuple[int, ...]]:
-    """Depths to measure: the shallow one, then each kind of blocks deeper in turn; or the published depth alone."""
+    """Depths to draw a line through: the shallow one, then each kind of blocks deeper in turn; none for None."""
     if depths is None:
-        return [model.depth]
+        return []
     shallow, deep = depths
     if not 1 <= shallow < deep <= min(model.depth):
         raise ValueError(f"depths must rise within 1…{min(model.depth)}; got {shallow} and {deep}")
@@ -200,9 +204,11 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
     Raises:
         Wrong: If attention by a plan is not what stock computes.
     """
-    at, where = points(model, choice.depths), torch.device(device)
+    line, where = points(model, choice.depths), torch.device(device)
+    lines = [at for at in (line, [model.depth] * choice.whole) if at]
+    deepest = tuple(map(max, zip(*(depth for at in lines for depth in at), strict=True)))
     start = time.perf_counter()
-    transformer = built(model, tuple(map(max, zip(*at, strict=True))), where, dtype)
+    transformer = built(model, deepest, where, dtype)
     inputs = model.inputs(model, where, dtype)
     error = attention_error(transformer, model, inputs, choice.impl)
     seconds = time.perf_counter() - start
@@ -213,15 +219,17 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
     for kind in kinds(model, choice):
         start, graphs = time.perf_counter(), _graphs()
         try:
-            row = bench.row(kind, at)
+            rows = bench.rows(kind, lines)
         except Exception as failure:  # a backend of someone else fails in ways of its own, and others are still to come
             row = asdict(kind) | dict.fromkeys((*NUMBERS, *NOT_TIMED)) | {"reason": _reason(failure)}
-            row |= {"depth": sum(model.depth), "extrapolated": choice.depths is not None}
+            rows = [row | {"depth": sum(model.depth), "extrapolated": len(at) > 1} for at in lines]
         _free()
-        row = _about(model, device) | row
         compiled_now = f", {_graphs() - graphs} graphs" if kind.compiled else ""
-        print(f"{described(row)}  ({time.perf_counter() - start:.0f} s{compiled_now})", flush=True)
-        yield row
+        seconds = f"  ({time.perf_counter() - start:.0f} s{compiled_now})"
+        for row in rows:
+            row = _about(model, device) | row
+            print(described(row) + seconds, flush=True)
+            yield row
 
 
 class Bench:
@@ -230,20 +238,20 @@ class Bench:
     def __init__(self, transformer: Any, model: Architecture, inputs: Inputs, choice: Choice):
         self.transformer, self.model, self.inputs, self.choice = transformer, model, inputs, choice
         self.plans: dict[tuple[float, str], TransformerPlan] = {}
-        self.forecasts: dict[float, Forecast] = {}
         self.quantised = False
         self._graph: tuple[Any, ...] | None = None
 
-    def row(self, kind: Kind, at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        """Everything about a row but speed-ups and where it ran."""
+    def rows(self, kind: Kind, lines: Sequence[Sequence[tuple[int, ...]]]) -> list[dict[str, Any]]:
+        """Everything about rows but speed-ups and where they ran; one for each line, or single point, to measure."""
         self._make_ready(kind)
-        blocks = {depth: first_blocks(self.transformer, self.model, depth) for depth in at}
+        blocks = {depth: first_blocks(self.transformer, self.model, depth) for at in lines for depth in at}
         with torch.no_grad(), self.running(kind) as forward:
             if kind.step_cache:
-                found = [self.cached(kind, some, forward) for some in blocks.values()]
+                found = {depth: self.cached(kind, some, forward) for depth, some in blocks.items()}
             else:
                 found = self.in_turns(kind, blocks, forward)
-        return asdict(kind) | self._numbers(kind, found, at) | self._about(kind, found, at)
+        measured = [([found[depth] for depth in at], at) for at in lines]
+        return [asdict(kind) | self._numbers(*each) | self._about(kind, *each) for each in measured]
 
     def _make_ready(self, kind: Kind) -> None:
         if kind.fp8_linears and not self.quantised:
@@ -262,13 +270,14 @@ class Bench:
                 backend = BACKENDS.get(kind.impl, BACKENDS[BASELINE])
                 stack.enter_context(attending(transformer, backend, self.inputs, everywhere=kind.impl != OURS))
             if kind.impl == OURS:
-                apply(transformer, self.plan(kind), precision=kind.precision, impl=self.choice.impl)
+                settings: dict[str, Any] = {"precision": kind.precision, "impl": self.choice.impl}
+                apply(transformer, self.plan(kind), **settings, even_if_slower=True)
                 stack.callback(remove, transformer)
             if kind.compiled and not kind.step_cache:
                 stack.enter_context(compiled(transformer, self.model))
             yield lambda: transformer(**self.inputs, return_dict=False)[0]
 
-    def in_turns(self, kind: Kind, blocks: Mapping[Any, Blocks], forward: Callable[[], Any]) -> list[Measured]:
+    def in_turns(self, kind: Kind, blocks: Mapping[Any, Blocks], forward: Callable[[], Any]) -> dict[Any, Measured]:
         """A forward at every depth. Depths take turns, so that all of them see the same clock of the GPU."""
 
         def shallow(some: Blocks) -> Callable[[], Any]:
@@ -285,16 +294,14 @@ class Bench:
                 with only(self.transformer, blocks[depth]):
                     check_what_ran(self.transformer, self.inputs["hidden_states"].device)
         ms = medians(calls, self.choice.rounds, warm_up=0)
-        return [self.measured(kind, call, blocks[depth], ms[depth]) for depth, call in calls.items()]
+        return {depth: self.measured(kind, call, blocks[depth], ms[depth]) for depth, call in calls.items()}
 
     def measured(self, kind: Kind, call: Callable[[], Any], some: Blocks, ms: float) -> Measured:
-        """Peak memory of a call that takes `ms` and, where a line is drawn, its profile, both of one more call."""
-        if self.choice.depths is None:
-            return Measured(ms, self.peak(call, some)[0])
+        """Peak memory and profile of a call that takes `ms`, both of one more call."""
         with only(self.transformer, some):
             layers = len(planned_layers(self.transformer))
-        gib, kernels = self.peak(lambda: profiled(call), some)
-        found = breakdown(kernels, layers, ms)
+        gib, profile = self.peak(lambda: profiled(call), some)
+        found = breakdown(profile, layers, ms)
         if kind.impl == OURS and torch.cuda.is_available() and found.own_calls < layers:
             raise Wrong(f"all {layers} layers must run on our kernels; {found.own_calls} did")
         return Measured(ms, gib, found)
@@ -327,26 +334,6 @@ class Bench:
             self.plans[key] = plan_of(self.transformer, self.model, *key)
         return self.plans[key]
 
-    def predicted(self, kind: Kind) -> float | None:
-        """Milliseconds that `paro doctor` predicts for the whole model, if it does for such a row."""
-        plain = not (kind.compiled or kind.fp8_linears or kind.step_cache)
-        if not (self.choice.forecast and plain and kind.impl in (OURS, BASELINE)):
-            return None
-        forecast = self.forecast(kind.density if kind.impl == OURS else min(self.choice.densities))
-        inside = forecast.sparse_ms[kind.precision] if kind.impl == OURS else forecast.dense_ms
-        return _significant(self.model.batch * sum(self.model.depth) * (inside + forecast.around_ms))
-
-    def forecast(self, density: float) -> Forecast:
-        """One layer of the model as `paro doctor` times it."""
-        if density not in self.forecasts:
-            hidden = self.inputs["hidden_states"]
-            self.forecasts[density] = forecast(
-                workload(self.model.workload[0]), self.model.workload[1], density, self.choice.precisions,
-                block=parse_block(self.choice.block or MAIN_BLOCK[self.model.head_dim]), device=hidden.device,
-                dtype=hidden.dtype,
-            )  # fmt: skip
-        return self.forecasts[density]
-
     def executed(self, kind: Kind) -> float:
         """Density over all blocks, text among them."""
         if kind.impl != OURS:
@@ -354,7 +341,7 @@ class Bench:
         first = next(iter(self.plan(kind).layers.values()))
         return _significant(first.mask[0].with_text(self.model.grid.tokens, self.model.text.tokens).density)
 
-    def _numbers(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, float | None]:
+    def _numbers(self, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, float | None]:
         """Time, memory and what takes the time, of the whole model."""
 
         def whole(values: Iterable[float | None]) -> float | None:
@@ -367,14 +354,15 @@ class Bench:
         parts = {
             f"{part}_ms": whole(each.profile.parts[part] if each.profile else None for each in found) for part in PARTS
         }
-        return {"ms": whole(times), **parts, "peak_gib": whole(each.gib for each in found)}
+        gaps = whole(each.profile.gaps if each.profile else None for each in found)
+        return {"ms": whole(times), **parts, "gaps_ms": gaps, "peak_gib": whole(each.gib for each in found)}
 
     def _about(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         profile = found[-1].profile
         measured = [{"depth": list(depth), "ms": _significant(each.ms)} for depth, each in zip(at, found, strict=True)]
         about = {
-            "depth": sum(self.model.depth), "extrapolated": self.choice.depths is not None,
-            "predicted_ms": self.predicted(kind), "density_executed": self.executed(kind),
+            "depth": sum(self.model.depth), "extrapolated": len(at) > 1,
+            "density_executed": self.executed(kind),
             "kernel": profile and profile.attention, "measured": measured,
         }  # fmt: skip
         if profile is None or not self.choice.profile:
@@ -408,7 +396,7 @@ def _free() -> None:
 def with_comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with how they compare with those of the same device and model, of the same depth where there are any.
 
-    `overhead` is the share of a row's time that is other or idle beyond that in the dense row with the same linears.
+    `overhead` is the share of a row's time that is other or waiting beyond that in the dense row with the same linears.
     """
     return [row | _compared(row, functools.partial(_baseline, rows, row)) for row in rows]
 
@@ -427,14 +415,18 @@ def _compared(row: dict[str, Any], baseline: Callable[..., dict[str, Any] | None
         return _significant(over["ms"] / row["ms"]) if over and row["ms"] else None
 
     speedups = speedup(dense(fp8_linears=False)), speedup(same), speedup(baseline(impl=STOCK))
-    return dict(zip(COMPARED, (*speedups, _overhead(row, same)), strict=True))
+    predicted = predicted_ms(row)
+    others = _overhead(row, same), predicted and _significant(predicted)
+    return dict(zip(COMPARED, (*speedups, *others), strict=True))
 
 
 def _overhead(row: dict[str, Any], dense: dict[str, Any] | None) -> float | None:
-    if row["impl"] != OURS or dense is None or row["other_ms"] is None or dense["other_ms"] is None:
+    if row["impl"] != OURS or dense is None or None in (row.get("gaps_ms"), dense.get("gaps_ms")):
         return None
-    around = [each["other_ms"] + each["idle_ms"] for each in (row, dense)]
-    return _significant((around[0] - around[1]) / row["ms"])
+    slower = row["linear_ms"] / dense["linear_ms"]
+    waiting, waiting_dense = (min(each["gaps_ms"], max(each["idle_ms"], 0.0)) for each in (row, dense))
+    added = row["other_ms"] - dense["other_ms"] * slower + waiting - waiting_dense
+    return _significant(added / row["ms"])
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -485,13 +477,16 @@ def described(row: dict[str, Any]) -> str:
     return f"{label} {row['ms']:9.1f} ms  {parts}  {memory}  {row['kernel'] or ''}"
 
 
-def depths_of(text: Sequence[str]) -> tuple[int, int] | None:
-    """Read "full", or two depths."""
-    if list(text) == ["full"]:
-        return None
-    if len(text) != 2 or not all(each.isdigit() for each in text):
-        raise ValueError(f"depths must be two numbers, or full; got {' '.join(text)}")
-    return int(text[0]), int(text[1])
+def depths_of(text: Sequence[str]) -> tuple[tuple[int, int] | None, bool]:
+    """Read two depths, "full", or all three."""
+    whole, numbers = WHOLE in text, [each for each in text if each != WHOLE]
+    if (
+        len(text) - len(numbers) > 1
+        or len(numbers) not in ((0, 2) if whole else (2,))
+        or not all(each.isdigit() for each in numbers)
+    ):
+        raise ValueError(f"depths must be two numbers, {WHOLE}, or both; got {' '.join(text)}")
+    return (int(numbers[0]), int(numbers[1])) if numbers else None, whole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -504,10 +499,9 @@ def parser() -> argparse.ArgumentParser:
     add("--precisions", nargs="+", default=default.precisions, help="ours, QK/PV")
     add("--block", help="ours, QUERYxKEY")
     add("--modes", nargs="+", choices=MODES, default=default.modes)
-    add("--depths", nargs="+", default=[*map(str, DEPTHS)], help="two depths, or full")
-    add("--rounds", type=int, help="5, and 3 of the whole model")
+    add("--depths", nargs="+", default=[*map(str, DEPTHS)], help="two depths, full, or both")
+    add("--rounds", type=int, help="5, and 3 with the whole model")
     add("--profile", action="store_true", help="list the kernels that take longest in every row")
-    add("--forecast", action="store_true", help="let paro doctor predict the eager rows, cudnn's and ours")
     add("--smoke", action="store_true", help="does everything run: least density, eager, one round of few blocks")
     add("--device", default="cuda")
     add("--out", type=Path, help="result file to merge the rows into; without it they are only printed")
@@ -516,17 +510,17 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(options: argparse.Namespace) -> Choice:
     """What the command line asks for."""
-    depths = depths_of(options.depths)
+    depths, whole = depths_of(options.depths)
     choice = Choice(
         tuple(options.rows), tuple(options.densities), tuple(options.precisions), options.block, tuple(options.modes),
-        depths, options.rounds or (3 if depths is None else 5), options.profile, options.forecast,
+        depths, whole, options.rounds or (3 if whole else 5), options.profile,
     )  # fmt: skip
     if not options.smoke:
         return choice
     least, first = (min(choice.densities),), choice.precisions[:1]
     return replace(
         choice, groups=("cudnn", "paroattn"), densities=least, precisions=first, modes=("eager",), depths=SMOKE_DEPTHS,
-        rounds=1,
+        whole=False, rounds=1,
     )  # fmt: skip
 
 

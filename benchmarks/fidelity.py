@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py --impl triton --out benchmarks/results/fidelity.json
     python benchmarks/fidelity.py --impl triton --methods paroattn paper --densities 0.3 --warmups 0 --out RESULTS
+    python benchmarks/fidelity.py --impl triton --model IMAGES --size 1 208 320 --out RESULTS
 
 Static rules are calibrated on two prompts; clips come from sixteen others. All methods run the same operation on the
 same noise and are compared with the same dense clips. Each is set so that the density it executes, over the steps that
@@ -14,6 +15,8 @@ are not dense, is the one asked for. With a warm-up of 0.2 the first fifth of th
     local-window, spatial-temporal, radial, dynamic-topk, oracle      see rules.py
     …+reorder         the same rule on tokens in the orders of `paroattn`; an oracle has the budgets of `paroattn` or,
                       without reordering, of `none`
+
+One frame is an image; training/train.py --size makes a model for it.
 
 Rows are merged into the result file as they are measured, the most important first.
 """
@@ -30,13 +33,12 @@ from typing import Any
 
 import torch
 
-from fidelity_demo import Bench, Rule, all_kept
+from fidelity_demo import CANDIDATES, CLIP, Bench, Rule, all_kept
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.capture import CaptureSettings, Statistics
-from paroattn.demo.pipeline import STEPS, weights_sha256
+from paroattn.demo.pipeline import MODEL, STEPS, weights_sha256
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.evaluation.fidelity import Summary, compare, summarise
-from paroattn.grid import ORDERS
 from paroattn.integration.calibrate import collect
 from paroattn.integration.schedule import noise_levels
 from paroattn.integration.sensitivity import measure_sensitivity
@@ -54,7 +56,7 @@ DENSITIES = (0.5, 0.3, 0.2, 0.125)
 WARMUPS = (0.0, 0.2)
 KEY = ("method", "density_target", "dense_warmup", "frames", "precision", "block", "steps", "phase_ends")
 PLANNED = {
-    "paroattn": Rule("output_error", "output_error", "layer_normalised", sensitivity="phases"),
+    "paroattn": Rule("output_error", "output_error", "layer_normalised", "six+tiles", "phases"),
     "none": Rule("none", "output_error", "layer_normalised", sensitivity="phases"),
     "paper": Rule("paper", "mass", "global"),
 }
@@ -161,7 +163,8 @@ class Methods:
 
         def make(wanted: float) -> TransformerPlan:
             settings = PlanSettings(
-                wanted, rule.order_score, rule.mask_score, rule.budget, ORDERS, self.phase_ends, self.precision,
+                wanted, rule.order_score, rule.mask_score, rule.budget, CANDIDATES[rule.orders], self.phase_ends,
+                self.precision,
                 sensitivity=rule.sensitivity != "none",
             )  # fmt: skip
             return make_plan(self.statistics, settings)
@@ -190,8 +193,8 @@ class Methods:
 class Comparison(Bench):
     """Makes the clips of a method and compares them with the dense ones."""
 
-    def __init__(self, device: str, clips: int, steps: int, impl: str, precision: str):
-        super().__init__(device, clips, steps, impl)
+    def __init__(self, device: str, clips: int, steps: int, impl: str, precision: str, *model: Any):
+        super().__init__(device, clips, steps, impl, *model)
         self.precision = precision
         self.pipe.scheduler.set_timesteps(steps)
         self.levels = tuple(noise_levels(self.pipe.scheduler) or ())
@@ -209,6 +212,7 @@ class Comparison(Bench):
             "density_executed": round((self.executed * self.steps - dense) / (self.steps - dense), 5),
             "dense_warmup": warmup,
             "frames": clips.shape[1],
+            "tokens": math.prod(plan.grid),
             "precision": self.precision,
             "block": "x".join(map(str, plan.block)),
             "steps": self.steps,
@@ -252,13 +256,14 @@ def calibrated(
     bench: Comparison, steps: int, block: tuple[int, int], phase_ends: tuple[float, ...], seeds: int
 ) -> Statistics:
     """Statistics of the calibration prompts, with the weights of phases."""
+    capture = CaptureSettings(orders=CANDIDATES["six+tiles"], block=block)
     measured = collect(
-        bench.pipe, CALIBRATION_PROMPTS, steps=steps, capture=CaptureSettings(block=block), exact=True,
-        progress=lambda done: None,
+        bench.pipe, CALIBRATION_PROMPTS, steps=steps, capture=capture, exact=True, progress=lambda done: None,
+        **bench.call,
     )  # fmt: skip
     measure_sensitivity(
         bench.pipe, measured, CALIBRATION_PROMPTS, seeds=seeds, settings=PlanSettings(phase_ends=phase_ends),
-        steps=steps, precision=bench.precision, impl=bench.impl,
+        steps=steps, precision=bench.precision, impl=bench.impl, **bench.call,
     )  # fmt: skip
     statistics = measured["transformer"]
     statistics.made["sensitivity_seeds"] = seeds
@@ -277,13 +282,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--phase-ends", type=float, nargs="+", default=PHASE_ENDS)
     parser.add_argument("--sensitivity-seeds", type=int, default=1, help="as in calibrate")
     parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder that training/train.py wrote")
+    parser.add_argument("--size", type=int, nargs=3, default=CLIP, help="frames, height and width in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--statistics", type=Path, help="read or keep the statistics here")
     args = parser.parse_args(argv)
     phase_ends = tuple(args.phase_ends)
-    bench = Comparison(args.device, args.clips, args.steps, args.impl, args.precision)
+    bench = Comparison(args.device, args.clips, args.steps, args.impl, args.precision, args.model, args.size)
     began = time.time()
     if args.statistics and args.statistics.is_dir():
         statistics = Statistics.load(args.statistics)
@@ -293,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.statistics:
             statistics.save(args.statistics)
     print(f"statistics after {time.time() - began:.1f} s", flush=True)
-    about = environment(args.device, args.impl) | {"weights_sha256": weights_sha256(), "impl": args.impl}
+    about = environment(args.device, args.impl) | {"weights_sha256": weights_sha256(args.model), "impl": args.impl}
     methods, last = Methods(replace(statistics, layer_weights={}), phase_ends, args.precision), time.time()
     for row in rows(bench, methods, args.methods, args.densities, args.warmups):
         merge(args.out, [row | about], KEY)

@@ -10,7 +10,7 @@ file.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from paroattn import apply, remove, report
 from paroattn.block_mask import BlockMask
 from paroattn.capture import CaptureSettings, Statistics
-from paroattn.demo.pipeline import STEPS, load_demo, weights_sha256
+from paroattn.demo.pipeline import FRAMES, HEIGHT, MODEL, STEPS, WIDTH, load_demo, weights_sha256
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.evaluation.fidelity import compare, summarise
 from paroattn.grid import ORDERS, TILES
@@ -44,6 +44,7 @@ KEY = (
     "phase_ends",
 )
 PRECISIONS = ("int8", "int8/fp8", "int8-pv", "int8-qk", "int4")
+CLIP = (FRAMES, HEIGHT, WIDTH)
 FIRST_SEED = 1000
 SENSITIVITY_SEEDS = 4
 
@@ -89,17 +90,20 @@ def all_kept(plan: TransformerPlan) -> TransformerPlan:
 
 
 class Bench:
-    def __init__(self, device: str, clips: int, steps: int, impl: str):
-        self.pipe, self.steps, self.impl = load_demo(device), steps, impl
+    """Makes clips of a model, the bundled one by default, of a size (frames, height, width) in pixels."""
+
+    def __init__(self, device: str, clips: int, steps: int, impl: str, model: Path = MODEL, size: Sequence[int] = CLIP):
+        self.pipe, self.steps, self.impl = load_demo(device, model=model), steps, impl
+        self.call = dict(zip(("num_frames", "height", "width"), size, strict=True))
         self.prompts = EVALUATION_PROMPTS[:clips]
         self.dense: Tensor | None = None
         self.executed = 1.0
 
     def clips(self, plan: TransformerPlan, precision: str) -> Tensor:
         generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index in range(len(self.prompts))]
-        apply(self.pipe, Plan({"transformer": plan}), precision=precision, impl=self.impl)
+        apply(self.pipe, Plan({"transformer": plan}), precision=precision, impl=self.impl, even_if_slower=True)
         try:
-            clips = self.pipe(self.prompts, num_inference_steps=self.steps, generator=generators).frames.cpu() * 2 - 1
+            clips = self.pipe(self.prompts, self.steps, generator=generators, **self.call).frames.cpu() * 2 - 1
             self.executed = report(self.pipe).to_dict()["transformer"]["density"]
             return clips
         finally:

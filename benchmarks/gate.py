@@ -52,7 +52,8 @@ def attention_error(transformer: Any, model: Architecture, inputs: Inputs, impl:
                 hooks.callback(attn.register_forward_hook(see(name), with_kwargs=True).remove)
             transformer(**inputs)
         plan = plan_of(transformer, model, 1.0, MAIN_BLOCK[model.head_dim])
-        apply(transformer, plan, impl=impl, precision=OWN_PRECISION[inputs["hidden_states"].dtype])
+        precision = OWN_PRECISION[inputs["hidden_states"].dtype]
+        apply(transformer, plan, impl=impl, precision=precision, even_if_slower=True)
         stack.callback(remove, transformer)
         for name, attn in layers.items():
             stack.callback(attn.register_forward_pre_hook(repeat(name), with_kwargs=True).remove)

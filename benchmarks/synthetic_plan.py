@@ -72,6 +72,11 @@ def head_densities(density: float, heads: int) -> Tensor:
     return found
 
 
+def layer_densities(density: float, heads: int, generator: torch.Generator) -> Tensor:
+    """Densities of a layer's heads in the model's order, (heads,) float64: the same ones, shuffled."""
+    return head_densities(density, heads)[torch.randperm(heads, generator=generator)]
+
+
 def _quantiles(density: float, shares: Tensor) -> Tensor:
     """Density below which a share of the bundled model's heads is, at a mean between or beside those of `BUNDLED`."""
     means = torch.tensor([0.0, *BUNDLED, 1.0], dtype=torch.float64)
@@ -96,7 +101,7 @@ def _layer(
     device: torch.device | str,
 ) -> LayerPlan:
     generator = torch.Generator().manual_seed(seed)
-    shares = head_densities(density, heads)[torch.randperm(heads, generator=generator)]
+    shares = layer_densities(density, heads, generator)
     low, high = (math.log(length) for length in LENGTHS)
     lengths = (torch.rand(heads, 3, generator=generator) * (high - low) + low).exp()  # along F, H and W
     orders = tuple("".join("FHW"[axis] for axis in each.argsort().tolist()) for each in lengths)

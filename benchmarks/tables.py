@@ -7,9 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scaling import modelled_ms
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md", "docs/method.md", "docs/benchmarks.md", "docs/quality.md", "docs/several-gpus.md", "docs/transfer.md",
+)  # fmt: skip
 CONTESTANTS = (
     *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
     ("sage2", 1.0),
@@ -21,9 +25,11 @@ COMPARED = (
     "dense", "paroattn", "none", "paper", "local-window", "spatial-temporal", "radial", "dynamic-topk",
     "dynamic-topk+reorder", "oracle", "oracle+reorder",
 )  # fmt: skip
+TRANSFERRED = ("prompt", "seed", "steps", "guidance", "finetune", "resolution")
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 RULE = ("order_score", "mask_score", "budget", "sensitivity")
+DEFAULT = (("output_error", "output_error", "layer_normalised", "phases"), "six+tiles")
 RULE_NAMES = {
     ("none", "mass", "global", "none"): "no reorder, mass, one threshold",
     ("none", "mass", "per_head", "none"): "no reorder, mass, per head",
@@ -37,7 +43,7 @@ RULE_NAMES = {
     ("output_error", "output_error", "per_head", "none"): "output error, per head",
     ("output_error", "output_error", "layer_normalised", "none"): "output error, layer-normalised",
     ("output_error", "output_error", "layer_normalised", "layers"): "output error, weighed by phase and layer",
-    ("output_error", "output_error", "layer_normalised", "phases"): "**output error, weighed by phase (default)**",
+    ("output_error", "output_error", "layer_normalised", "phases"): "output error, weighed by phase",
 }
 
 
@@ -81,7 +87,8 @@ def fidelity() -> str:
                     else "–"
                     for d in densities
                 ]
-                lines.append([name + (" + tiles" if orders != "six" else ""), *cells])
+                full = name + (" + tiles" if orders != "six" else "")
+                lines.append([f"**{full} (default)**" if (rule, orders) == DEFAULT else full, *cells])
     first = sparse[0]
     text = table(["PSNR against dense, dB: mean ± spread, worst clip", *(f"density {d:g}" for d in densities)], lines)
     text += (
@@ -132,6 +139,77 @@ def comparison() -> str:
     return text.removesuffix("\n") or NOTHING
 
 
+def quality() -> str:
+    """Ideas for better plans: what was expected, held-out and evaluation clips, and the difference to the default."""
+    rows = rows_of("quality_experiments")
+    text = ""
+    for series in sorted({row["series"] for row in rows}):
+        mine = [row for row in rows if row["series"] == series]
+        found = {(row["method"], row["density_target"], row["prompts"]): row for row in mine}
+        lines = []
+        for method, density in dict.fromkeys((row["method"], row["density_target"]) for row in mine):
+            both = [found.get((method, density, prompts)) for prompts in ("held-out", "evaluation")]
+            base = [found.get(("paroattn-tiles", density, prompts)) for prompts in ("held-out", "evaluation")]
+            row = next(row for row in both if row)
+            cells = [quality_cell(one, other) for one, other in zip(both, base, strict=True)]
+            worst = f"{both[1]['psnr_min']:.1f}" if both[1] else "–"
+            idea = f"{row['idea']} ({row['method'].removeprefix('paroattn-')}), {density:g}"
+            lines.append([idea, row["predicted"] or "–", *cells, worst])
+        head = ["idea (method), density", "expected", "held-out, dB", "evaluation, dB", "worst of evaluation"]
+        notes = {row["note"].rpartition("; ")[2] for row in mine}
+        text += table(head, lines) + f"\nSeries {series}, {', '.join(sorted(notes))}. {where(mine)}.\n\n"
+    return text.removesuffix("\n") or NOTHING
+
+
+def quality_cell(row: dict | None, base: dict | None) -> str:
+    """Mean PSNR, and the difference to another plan on the same clips where they are known one by one."""
+    if row is None:
+        return "–"
+    if base is None or base is row:
+        return f"{row['psnr_mean']:.1f}"
+    if row["psnr"] is None or base["psnr"] is None:
+        return f"{row['psnr_mean']:.1f}, {decibels(row['psnr_mean'] - base['psnr_mean'])}"
+    return f"{row['psnr_mean']:.1f}, {paired(row['psnr'], base['psnr'])}"
+
+
+def layouts() -> str:
+    """Predicted error of what is dropped with other candidates, over that with the six axis orders."""
+    rows = [row for row in rows_of("quality_predictions") if row["kind"] == "candidates"]
+    densities = sorted({row["density"] for row in rows}, reverse=True)
+    found = {(row["name"], row["density"]): f"{row['relative_error']:.3f}" for row in rows}
+    lines = [[name, *(found[name, d] for d in densities)] for name in dict.fromkeys(row["name"] for row in rows)]
+    head = ["candidates", *(f"density {d:g}" for d in densities)]
+    return (
+        table(head, lines) + f"\nError that is predicted of dropped blocks, over that with six orders. {where(rows)}.\n"
+    )
+
+
+def joint() -> str:
+    """What a layer's dropped blocks err together, over the sum of what each errs alone."""
+    rows = [row for row in rows_of("quality_predictions") if row["kind"] == "joint error"]
+    lines = [
+        [
+            f"{row['name']}, {row['noise_level']:g}",
+            f"{row['over_sum']:.1f}",
+            f"{min(x for x in row['over_sum_by_head'] if x is not None):.1f} … "
+            f"{max(x for x in row['over_sum_by_head'] if x is not None):.1f}",
+            f"{row['over_coherent']:.2f}",
+            f"{row['over_heads']:.2f}",
+            f"{row['dropped_mass']:.2f}",
+        ]
+        for row in rows
+    ]
+    head = [
+        "layer, noise level",
+        "error over ΣE",
+        "of single heads",
+        "over (Σ√E)²",
+        "of all heads over their sum",
+        "dropped mass",
+    ]
+    return table(head, lines) + f"\nDensity 0.3, one clip of a calibration prompt, guided branch. {where(rows)}.\n"
+
+
 def comparison_cells(row: dict, ours: dict | None) -> list[str]:
     """A line of the comparison; the difference is the mean over the same clips."""
     name = f"{row['method']}, {row['density_target']:g}"
@@ -155,6 +233,46 @@ def paired(psnr: list[float | None], ours: list[float | None]) -> str:
 def decibels(difference: float) -> str:
     """With its sign, and a minus that is one."""
     return f"{difference:+.1f}".replace("-", "−")
+
+
+def transfer() -> str:
+    """One plan elsewhere beside a plan calibrated there: one line per place and density."""
+    rows = rows_of("transfer")
+    if not rows:
+        return NOTHING
+    rows = sorted(rows, key=lambda row: -row["density_target"])
+    rows = [row for axis in TRANSFERRED for row in rows if row["axis"] == axis]
+    head = ["used at, density", "executed", "PSNR, dB", "worst clip", "calibrated there", "which gains, clip by clip"]
+    text = table(head, [transfer_cells(row) for row in rows])
+    text += (
+        f"\nBundled model in bf16, {rows[0]['clips']} clips of prompts that the plan has not seen, each against its "
+        "own dense clip; both plans execute the same density there. PSNR over clips, in brackets 95 % of Student's t. "
+        f"{where(rows)}.\n"
+    )
+    two, many = (
+        {row["density_target"]: row["psnr"] for row in rows if row["value"] == f"calibrated on {count}"}
+        for count in (2, 16)
+    )
+    gains = {
+        density: sum(there - here for there, here in zip(many[density], two[density], strict=True)) / len(two[density])
+        for density in two
+        if density in many
+    }
+    if gains:
+        said = ", ".join(f"at {density:g} {gain:.2f} dB" for density, gain in gains.items())
+        text += f"\nWhat a plan gains from 16 prompts instead of two: {said}.\n"
+    return text
+
+
+def transfer_cells(row: dict) -> list[str]:
+    """A line of the table on transfer."""
+    low, high = row["loss_interval"]
+    return [
+        f"{row['axis']}: {row['value']}, {row['density_target']:g}",
+        f"{row['density_executed']:.3f}",
+        *(f"{row[name]:.1f}" for name in ("psnr_mean", "psnr_min", "psnr_own_plan")),
+        f"{row['loss_mean']:.2f} [{low:.2f}, {high:.2f}]",
+    ]
 
 
 def attention() -> str:
@@ -406,8 +524,8 @@ def roofline() -> str:
                 )
         head = [
             "model, density", "attention's share, dense", "bound, kept blocks alone", "bound, attention free",
-            "reached", "of that bound", "then attention", "preparing", "linear", "other", "other, added by ours",
-            "line off the whole model",
+            "by the cost model", "reached", "of that bound", "then attention", "preparing", "linear", "other",
+            "other, added by ours", "line off the whole model",
         ]  # fmt: skip
         text += table(head, lines) + f"\n{where(ours)}.\n" if lines else ""
     return text or NOTHING
@@ -421,40 +539,121 @@ def whole_row(rows: list[dict], row: dict) -> dict | None:
 
 
 def roofline_cells(row: dict, dense: dict, whole: dict | None) -> list[str]:
-    """Amdahl's bounds from the dense row, what our row reached of them, and what takes its time."""
+    """Amdahl's bounds from the dense row, the cost model's word, what our row reached, and what takes its time."""
+    expected = [predicted for _, predicted in predictions([dense, row])]
     share = dense["attention_ms"] / dense["ms"]
     free, reached = 1 / (1 - share), dense["ms"] / row["ms"]
     kept = 1 / (1 - share * (1 - row["density_executed"]))
     rest = row["other_ms"] + row["idle_ms"]
     parts = [each / row["ms"] for each in (row["attention_ms"], row["prepare_ms"], row["linear_ms"], rest)]
-    added = (rest - dense["other_ms"] - dense["idle_ms"]) / row["ms"]
     return [
-        f"{share:.0%}", f"{kept:.2f}×", f"{free:.2f}×", f"{reached:.2f}×", f"{reached / free:.0%}",
+        f"{share:.0%}", f"{kept:.2f}×", f"{free:.2f}×",
+        f"{expected[0] / expected[1]:.2f}×" if len(expected) == 2 else "–", f"{reached:.2f}×", f"{reached / free:.0%}",
         *(f"{part:.1%}" if part < 0.1 else f"{part:.0%}" for part in parts),
-        f"{added:.1%}", f"{abs(row['ms'] / whole['ms'] - 1):.1%}" if whole else "–",
+        "–" if row["overhead"] is None else f"{row['overhead']:.1%}",
+        f"{abs(row['ms'] / whole['ms'] - 1):.1%}" if whole else "–",
     ]  # fmt: skip
 
 
+def predictions(rows: list[dict]) -> list[tuple[dict, float]]:
+    """The rows that the cost model knows, each with what it says, in milliseconds."""
+    from predictions import predicted_ms
+
+    both = [(row, predicted_ms(row)) for row in rows]
+    return [(row, predicted) for row, predicted in both if predicted is not None]
+
+
 def forecasts() -> str:
-    """What `paro doctor` predicts of eager forwards, beside what was measured."""
+    """What the cost model says of every forward, beside what was measured."""
     text = ""
     for gpu in GPUS:
-        rows = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"] and row.get("predicted_ms")]
+        timed = [row for row in rows_of(f"end_to_end_{gpu}") if row["ms"]]
+        known = predictions(sorted(timed, key=forward_place))
         lines = []
-        for row in sorted(rows, key=lambda row: row["model"], reverse=True):
-            dense = dense_row(rows, row)
-            cells = [
-                milliseconds(row["ms"]),
-                milliseconds(row["predicted_ms"]),
-                signed(row["predicted_ms"] / row["ms"] - 1),
-            ]
-            if dense is not None:
-                measured, predicted = dense["ms"] / row["ms"], dense["predicted_ms"] / row["predicted_ms"]
-                cells += [f"{measured:.2f}×", f"{predicted:.2f}×", signed(predicted / measured - 1)]
-            lines.append([forward_name(row), *cells, *["–"] * (6 - len(cells))])
-        head = ["one forward, eager", "ms", "predicted", "off", "against dense", "predicted", "off"]
-        text += table(head, lines) + f"\n{where(rows)}.\n" if lines else ""
+        for row, predicted in known:
+            dense = dense_row(timed, row) if row["impl"] == "paroattn" else None
+            cells = [milliseconds(row["ms"]), milliseconds(predicted), signed(predicted / row["ms"] - 1)]
+            for same, dense_predicted in predictions([dense] if dense else []):
+                speedups = same["ms"] / row["ms"], dense_predicted / predicted
+                cells += [*(f"{each:.2f}×" for each in speedups), signed(speedups[1] / speedups[0] - 1)]
+            lines.append([f"{forward_name(row)}, {forward_settings(row)}", *cells, *["–"] * (6 - len(cells))])
+        head = ["one forward", "ms", "predicted", "off", "against dense", "predicted", "off"]
+        text += table(head, lines) + f"\n{where([row for row, _ in known])}.\n" if lines else ""
     return text or NOTHING
+
+
+def several() -> str:
+    """One forward on several GPUs: measured, and what takes the time of a layer."""
+    text = ""
+    for gpu in GPUS:
+        rows = sorted(rows_of(f"multi_gpu_{gpu}"), key=lambda row: (row["gpus"], row["balanced"]))
+        lines = [
+            [
+                f"{row['gpus']}" + (", heads in order" if not row["balanced"] else ", balanced" * (row["gpus"] > 1)),
+                f"{row['ms']:.0f}",
+                f"{row['speedup_vs_1']:.2f}×",
+                f"{row['imbalance']:.3f}",
+                *(f"{row['layer'][part]:.1f}" for part in ("attention", "exchange", "linear")),
+                f"{row['layer']['other'] + row['layer']['prepare']:.1f}",
+            ]
+            for row in rows
+        ]
+        head = ["GPUs", "ms", "over one", "imbalance", "attention", "exchange", "linear", "other"]
+        text += table(head, lines) + f"\n{where(rows)}, diffusers {rows[0]['diffusers']}.\n" if rows else ""
+    return text or NOTHING
+
+
+def exchanges() -> str:
+    """q, k and v of a layer exchanged alone, in two formats."""
+    rows = [row for gpu in GPUS for row in rows_of(f"multi_gpu_{gpu}") if row["gpus"] > 1 and row["balanced"]]
+    lines = [
+        [
+            str(row["gpus"]),
+            f"{row['exchange_bf16_ms']:.2f}",
+            f"{row['exchange_int8_ms']:.2f}",
+            f"{(row['exchange_bf16_ms'] - row['exchange_int8_ms']) * row['depth'] / row['ms']:.1%}",
+        ]
+        for row in sorted(rows, key=lambda row: row["gpus"])
+    ]
+    return table(["GPUs", "bf16, ms", "8 bits with scales, ms", "difference, of a forward"], lines) if rows else NOTHING
+
+
+def scaling() -> str:
+    """The model of more GPUs, and how far it is off where it can be checked."""
+    text = ""
+    for gpu in GPUS:
+        measured = {row["gpus"]: row for row in rows_of(f"multi_gpu_{gpu}") if row["balanced"]}
+        if not {1, 2} <= set(measured):
+            continue
+        one, two = measured[1], measured[2]
+        even = {
+            row["gpus"]: row["by_phase"]
+            for row in rows_of("balance")
+            if row["plan"].startswith(one["model"]) and row["density"] == one["density"]
+        }
+        lines = []
+        for gpus in (2, 4, 8, 16):
+            ms = modelled_ms(one, two, gpus, even.get(gpus, 1.0))
+            found = measured.get(gpus)
+            real = ["–", "–"] if found is None else [f"{found['ms']:.0f}", signed(ms / found["ms"] - 1)]
+            lines.append([str(gpus), f"{ms:.0f}", f"{one['ms'] / ms:.2f}×", *real])
+        text += table(["GPUs", "modelled, ms", "over one", "measured, ms", "error of the model"], lines)
+    return text or NOTHING
+
+
+def balance() -> str:
+    """Imbalance of heads before and after dealing."""
+    rows = rows_of("balance")
+    lines = [
+        [
+            f"{row['plan']}, density {row['density']:g}, {row['phases']} phase{'s' * (row['phases'] > 1)}",
+            *(str(row[name]) for name in ("heads", "gpus")),
+            *(f"{row[name]:.3f}" for name in ("in_order", "by_layer", "by_phase", "worst")),
+        ]
+        for row in rows
+    ]
+    head = ["plan", "heads", "GPUs", "in order", "one deal a layer", "**one a layer and phase**", "its worst"]
+    return table(head, lines) if rows else NOTHING
 
 
 def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callable[[dict], str]) -> str:
@@ -476,6 +675,10 @@ NOTHING = "Not measured yet.\n"
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "comparison": comparison,
+    "transfer": transfer,
+    "quality": quality,
+    "layouts": layouts,
+    "joint": joint,
     "attention": attention,
     "numerics": numerics,
     "four-bits": four_bits,
@@ -487,6 +690,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "forwards": forwards,
     "roofline": roofline,
     "forecasts": forecasts,
+    "several": several,
+    "exchanges": exchanges,
+    "scaling": scaling,
+    "balance": balance,
 }
 
 

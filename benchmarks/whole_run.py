@@ -100,7 +100,7 @@ def embeddings(model: Architecture, device: torch.device, dtype: torch.dtype) ->
     return Prompt("random", prompt_embeds=prompt, negative_prompt_embeds=negative)
 
 
-def video_size(model: Architecture) -> dict[str, int]:
+def video_size(model: Architecture) -> dict[str, Any]:
     """Arguments of the pipeline's call that give the architecture's grid."""
     frames, height, width = model.grid
     return {
@@ -134,7 +134,7 @@ def measure(
         stack.enter_context(attending(transformer, BACKENDS[BASELINE], {}, everywhere=options.impl != OURS))
         if options.impl == OURS:
             plan = Plan({"transformer": plan_of(transformer, model, options.density, block)})
-            apply(pipe, plan, precision=options.precision)
+            apply(pipe, plan, precision=options.precision, even_if_slower=True)
             stack.callback(remove, pipe)
         if not options.eager:
             stack.enter_context(compiled(transformer, model))

@@ -10,8 +10,10 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,13 +21,14 @@ from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from PIL import Image
+from several import on_ranks
 from tiny_models import BLOCK, LATENTS, TinyPipeline, tiny_wan, wan_inputs
 
 import calibration
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.demo.pipeline import load_demo
 from paroattn.demo.prompt import CALIBRATION_PROMPTS
-from paroattn.integration import collecting
+from paroattn.integration import collecting, sensitivity
 from paroattn.integration.calibrate import calibrate, collect, load_statistics, progress_bar
 from paroattn.integration.collecting import Economy, by_heads
 from paroattn.integration.generate import Prompt
@@ -277,7 +280,7 @@ def test_a_killed_calibration_goes_on_and_gives_the_identical_plan(pipe, process
     expected = plan_of(pipe, tmp_path / "whole", exact)
     assert not unfinished(tmp_path / "whole" / "statistics").exists()
     folder = tmp_path / "killed"
-    for writes in (1, 2, 6, 9, 13):
+    for writes in (1, 6, 13):
         process = processes.Process(target=killed_after, args=(folder, exact, writes))
         process.start()
         process.join(60)
@@ -498,3 +501,46 @@ def test_the_benchmark_measures_a_tiny_model_and_scales_it(tmp_path, monkeypatch
     }.items()  # fmt: skip
     assert row["seconds"] > 0 and row["seconds_forward"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {"calibration.json"}
+
+
+def together(rank, folder):
+    """Calibrate everything, and with economy; in folders of its own and in none."""
+    ways = ((True, None), (False, None), (False, folder / "statistics"))
+    return [whole_calibration(exact, statistics) for exact, statistics in ways]
+
+
+def whole_calibration(exact, statistics=None):
+    """What the plan is, and how many maps were measured and samples made for sensitivity."""
+    counted = Counter()
+
+    def counting(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            counted[name] += 1
+            return function(*args, **kwargs)
+
+        return patch.object(module, name, call)
+
+    with counting(collecting, "block_stats"), counting(sensitivity, "run"):
+        plan = calibrate(
+            pipeline(two=True), list(PROMPTS), exact=exact, steps=STEPS, capture=CAPTURE, economy=ECONOMY,
+            statistics=statistics, settings=PlanSettings(density=0.4, precision="fp32"),
+            progress=lambda done: None,
+        )  # fmt: skip
+    return {name: [part.digest(), dict(part.made)] for name, part in plan.items()}, counted
+
+
+def test_three_processes_make_the_plan_that_one_makes(tmp_path):
+    alone = [whole_calibration(exact) for exact in (True, False)]
+    alone.append(alone[1])
+    assert alone[0][0] != alone[1][0]
+    everywhere = on_ranks(3, together, tmp_path)
+    assert all(isinstance(made, list) for made in everywhere), everywhere
+    for (plan, whole), *shares in zip(alone, *everywhere, strict=True):
+        assert [made for made, _ in shares] == [plan] * 3
+        assert sum((share for _, share in shares), Counter()) == whole
+        assert max(share["run"] for _, share in shares) < whole["run"] / 2
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+    kept = load_statistics(tmp_path / "statistics")
+    assert {name: sorted(each.layers) for name, each in kept.items()} == dict.fromkeys(alone[0][0], sorted(LAYERS))

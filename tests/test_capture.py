@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.capture.codes import decode, encode, heaviest, spread
-from paroattn.capture.maps import TENSORS
+from paroattn.capture.maps import TENSORS, write_whole
 from paroattn.capture.measured import BlockStats
 from paroattn.grid import Grid, Layout, TextSpan
 
@@ -261,3 +262,10 @@ def test_too_little_space_is_noticed_before_anything_is_measured(tmp_path, monke
     statistics.keep_in(tmp_path / "statistics", ["a"])
     with pytest.raises(OSError, match=r"must have 0\.0 GB free"):
         statistics.check_size(2, 3)
+
+
+def test_several_writers_of_one_file_do_not_take_each_others_away(tmp_path):
+    path, blobs = tmp_path / "file", [bytes([number]) * 5000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda blob: [write_whole(path, blob) for _ in range(10)], blobs))
+    assert path.read_bytes() in blobs and [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
 
 from paroattn.cli import main
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
+from paroattn.grid import Grid
+from paroattn.integration.refining import Refinement
 from paroattn.plan.plan import Plan
 
 FAST = ["--guidance-scale", "1", "--steps", "2"]
@@ -59,6 +62,82 @@ def test_plan_makes_another_density_without_the_model(plan, tmp_path, capsys, mo
     assert numbers["transformer"]["density"] == pytest.approx(0.2, abs=1e-3)
     assert "next: paro show" in words
     assert paro("plan", tmp_path / "plan20", "--density", 0.3, "--out", tmp_path / "plan30", "--precision", "int8") == 0
+
+
+def test_plan_takes_one_target_and_shows_what_it_comes_to(plan, tmp_path, capsys):
+    words = ("--snr", 20, "--precision", "int8/fp8", "--out", tmp_path / "plan", "--curve", tmp_path / "curve.json")
+    assert paro("plan", plan, *words, "--json") == 0
+    numbers, said_words = said(capsys)
+    chosen = numbers["transformer"]["predicted"]
+    assert chosen["snr_db"] == pytest.approx(20, abs=0.1) and 0.02 < chosen["density"] < 0.9
+    assert numbers["transformer"]["density"] == pytest.approx(chosen["density"], abs=1e-3)
+    curves = json.loads((tmp_path / "curve.json").read_text())
+    assert curves == numbers["curves"] and curves["transformer"]["chosen"] == chosen
+    assert "finished sample" in said_words and "20.0" in said_words
+    assert paro("show", tmp_path / "plan", "--html", tmp_path / "plan.html") == 0
+    assert "20.0" in said(capsys)[1] and "<svg" in (tmp_path / "plan.html").read_text()
+
+
+def test_plan_shows_the_curve_without_writing_a_plan(plan, tmp_path, capsys):
+    assert paro("plan", plan, "--curve", tmp_path / "curve.html") == 0
+    assert "not predicted: times on NVIDIA H200 are known for" in said(capsys)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.html"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--speedup", 3, "--precision", "int8/fp8"], "speed-up of one forward on NVIDIA H200 must be 1.00…1.00"),
+        (["--speedup", 3], "got fp32/fp32 in blocks of 64x64 with head dimension 64"),
+        (["--error", 1e6], "a target error must be at most"),
+        (["--error", -1], "a target error must be above 0"),
+        (["--gpu", "abacus"], "times are known for NVIDIA H200; got 'abacus'"),
+        (["--error", 0.1, "--budget", "per_head"], "needs one threshold; got the budget per_head"),
+    ],
+)
+def test_a_target_out_of_reach_leaves_no_plan(words, message, plan, tmp_path, capsys):
+    assert paro("plan", plan, "--out", tmp_path / "plan", *words) == 2
+    assert message in said(capsys)[1] and not (tmp_path / "plan").exists()
+
+
+def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):
+    assert paro("plan", plan) == 2 and "--out FOLDER is needed" in said(capsys)[1]
+    assert paro("plan", plan, "--curve", tmp_path / "curve.pdf") == 2
+    assert "written as .html or .json; got 'curve.pdf'" in said(capsys)[1]
+    with pytest.raises(SystemExit):
+        paro("plan", plan, "--density", 0.3, "--error", 0.1, "--out", tmp_path / "plan")
+
+
+def test_plan_from_statistics_is_for_another_grid_at_another_density(plan, tmp_path, capsys):
+    out = tmp_path / "longer"
+    assert paro("plan", plan, "--grid", "19x13x18", "--density", 0.2, "--out", out, "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["grid"] == "19x13x18" and "tells what that loses" in words
+    assert numbers["transformer"]["density"] == pytest.approx(0.2, abs=1e-3)
+    made = Plan.from_pretrained(out)["transformer"].made
+    assert made["carried_from"] == ["16x13x18"] and not (out / "statistics").exists()
+    masks_alone = Plan.from_pretrained(plan)["transformer"].for_grid(Grid(19, 13, 18))
+    assert masks_alone.density == pytest.approx(0.4, abs=0.01)
+
+
+def test_refine_hands_over_the_plan_its_statistics_and_the_prompts(plan, prompts, tmp_path, capsys, monkeypatch):
+    handed: dict[str, Any] = {}
+
+    def refine(pipe, plan, measured, prompts, **settings):
+        settings["progress"](1.0)
+        handed.update(settings, pipe=type(pipe).__name__, plan=plan, measured=measured, prompts=prompts)
+        return Plan({name: replace(part, made={**part.made, "refined": {}}) for name, part in plan.items()})
+
+    monkeypatch.setattr("paroattn.integration.refining.refine", refine)
+    words = ["refine", "demo", "--plan", plan, "--prompts", prompts, "--out", tmp_path / "new", "--rounds", 3]
+    assert paro(*words, "--clips", 2, "--keep-activations", "--steps", 5, "--guidance-scale", 1.5, "--seed", 7) == 0
+    assert handed["prompts"] == [CALIBRATION_PROMPTS[0]] and handed["pipe"] == "DemoPipeline"
+    assert handed["refinement"] == Refinement(3, 2, checkpointing=False)
+    assert (handed["steps"], handed["seed"], handed["guidance_scale"]) == (5, 7, 1.5)
+    assert handed["measured"]["transformer"].layers.keys() == handed["plan"]["transformer"].layers.keys()
+    assert Plan.from_pretrained(tmp_path / "new")["transformer"].made["refined"] == {}
+    assert "next: paro show" in said(capsys)[1]
+    assert paro("plan", tmp_path / "new", "--density", 0.2, "--out", tmp_path / "again") == 0  # statistics came along
 
 
 def test_show_prints_a_table_and_draws_a_page(plan, tmp_path, capsys):
@@ -142,7 +221,26 @@ def _wrong_uses(prompts, plan, tmp_path):
         "budget must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--budget", "all"],
         "phases must end": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--phase-ends", 0.5],
         "precision must be": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--precision", "int5"],
-        "has no argument height": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--height", 64],
+        "has no argument negative_prompt": [
+            "calibrate",
+            "demo",
+            "--prompts",
+            prompts,
+            "--out",
+            out,
+            "--negative-prompt",
+            "blurry",
+        ],
+        "height must be a multiple of 4, 128 at most; got 66": [
+            "calibrate",
+            "demo",
+            "--prompts",
+            prompts,
+            "--out",
+            out,
+            "--height",
+            66,
+        ],
         "neither demo, nor a diffusers model": ["calibrate", tmp_path / "model", "--prompts", prompts, "--out", out],
         "holds no statistics": ["plan", busy, "--out", out],
         "holds no plan": ["show", busy],

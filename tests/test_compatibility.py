@@ -25,6 +25,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
+from several import on_ranks
 from tiny_models import TWO_PHASES, VARIANTS, random_plan, tiny_pipeline, tiny_wan, wan_inputs
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -745,26 +746,48 @@ def test_image_conditioning():
     return together(nothing, run, variant.plan(density=0.4), variant.build)
 
 
-@row(ATTENTION, "Ulysses and ring parallelism", "`enable_parallelism` before `apply`; after it, diffusers refuses")
-def test_context_parallelism(monkeypatch):
-    says = "the transformer must be whole on one device; this one is split by enable_parallelism"
-    distributed = torch.distributed
+@row(ATTENTION, "ring parallelism", "`ContextParallelConfig(ring_degree=…)`")
+def test_ring_parallelism(monkeypatch):
+    says, distributed = "this one has ring parallelism. Use ContextParallelConfig(ulysses_degree=…)", torch.distributed
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     distributed.init_process_group("fake", rank=0, world_size=2, store=fake.FakeStore())
     try:
-        for degree in ("ulysses_degree", "ring_degree"):
-            model = tiny_wan()
-            model.enable_parallelism(config=ContextParallelConfig(**{degree: 2}))
-            with pytest.raises(ValueError, match=says):
-                apply(model, SPARSE)
-            model = tiny_wan()
+        model = tiny_wan()
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+        with pytest.raises(ValueError, match=re.escape(says)):
             apply(model, SPARSE)
-            with pytest.raises(ValueError, match="'paro' which does not support context parallelism"):
-                model.enable_parallelism(config=ContextParallelConfig(**{degree: 2}))
+        model = tiny_wan()
+        apply(model, SPARSE)
+        model.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+        with pytest.raises(ValueError, match=re.escape(says)):
+            forward(model)
     finally:
         distributed.destroy_process_group()
     return Refused(says)
+
+
+def _split(rank: int, first: bool) -> Any:
+    model, config = tiny_wan(), ContextParallelConfig(ulysses_degree=2)
+    if first:
+        model.enable_parallelism(config=config)
+    apply(model, SPARSE)
+    if not first:
+        model.enable_parallelism(config=config)
+    with torch.no_grad():
+        return model(**wan_inputs(), return_dict=False)[0].numpy()
+
+
+@row(
+    ATTENTION, "Ulysses: `enable_parallelism`", "Wan, two processes, before or after `apply`; see several-gpus.md",
+    bound=1e-5,
+)  # fmt: skip
+def test_ulysses():
+    model = tiny_wan()
+    with masked(model, SPARSE):
+        expected = forward(model)
+    found = [each for first in (True, False) for each in on_ranks(2, _split, first)]
+    return max(difference(torch.from_numpy(each), expected) for each in found)
 
 
 # Calls

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from paroattn.plan.plan import Plan
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PROMPT = EVALUATION_PROMPTS[0]
+SMALL = {"num_frames": 5, "height": 24, "width": 28}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,33 @@ def pipe():
 def clip(pipe, prompt=PROMPT, seed=3, **settings):
     settings = {"num_inference_steps": 2, "guidance_scale": 1.0} | settings
     return pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).frames
+
+
+def test_a_clip_of_another_size_follows_the_plan_carried_there(pipe):
+    size = {"num_frames": 5, "height": 24, "width": 44}
+    dense = clip(pipe, **size)
+    assert dense.shape == (1, 5, 3, 24, 44)
+    shipped = Plan.from_pretrained(PLAN)
+    paroattn.apply(pipe, shipped)
+    try:
+        with pytest.raises(ValueError, match=r"this call has 5x6x11\. .* paro plan --grid 5x6x11"):
+            clip(pipe, **size)
+    finally:
+        paroattn.remove(pipe)
+    paroattn.apply(pipe, shipped.for_grid(paroattn.Grid(5, 6, 11)))
+    try:
+        sparse = clip(pipe, **size)
+        assert paroattn.report(pipe).to_dict()["transformer"]["calls"] == {"sparse": 2}
+    finally:
+        paroattn.remove(pipe)
+    assert 0 < float((dense - sparse).abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize("wrong", [{"height": 50}, {"num_frames": 33}, {"width": 0}], ids=str)
+def test_sizes_that_the_model_cannot_make_are_refused(pipe, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be a multiple of .* got {value}"):
+        clip(pipe, **wrong)
 
 
 # Language
@@ -105,10 +134,12 @@ def test_a_seed_fixes_the_clip_and_batches_do_not_mix(pipe):
 
 def test_guidance_latents_and_callbacks(pipe):
     steps = []
-    raw = clip(pipe, output_type="latent", callback_on_step_end=lambda pipe, step, when, tensors: steps.append(step))
+    raw = clip(
+        pipe, **SMALL, output_type="latent", callback_on_step_end=lambda pipe, step, when, tensors: steps.append(step)
+    )
     assert steps == [0, 1]
-    torch.testing.assert_close(raw.clamp(-1, 1) / 2 + 0.5, clip(pipe))
-    assert not torch.equal(clip(pipe, guidance_scale=3.0), clip(pipe))
+    torch.testing.assert_close(raw.clamp(-1, 1) / 2 + 0.5, clip(pipe, **SMALL))
+    assert not torch.equal(clip(pipe, **SMALL, guidance_scale=3.0), clip(pipe, **SMALL))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +160,27 @@ def test_saved_and_loaded_again_it_makes_the_same_clip(pipe, tmp_path):
 # Plan and calibration
 
 
+def test_training_starts_from_other_weights_and_what_it_saves_is_loaded_for_larger_images(pipe, tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+    import train
+
+    model = train.Model((1, 16, 160))
+    model.start_from(MODEL)
+    for name, part in model.named_children():
+        saved = getattr(pipe, name).state_dict()
+        assert saved.keys() == part.state_dict().keys()
+        assert all(torch.equal(weight, saved[key]) for key, weight in part.state_dict().items())
+        part.save_pretrained(tmp_path / name)
+    pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+    larger = load_demo(model=tmp_path)
+    assert weights_sha256(tmp_path) != weights_sha256()
+    call = {"prompt": EVALUATION_PROMPTS[0], "num_inference_steps": 1, "guidance_scale": 1}
+    frames = larger(**call, num_frames=1, height=16, width=160).frames
+    assert frames.shape == (1, 1, 3, 16, 160) and frames.isfinite().all()
+    with pytest.raises(ValueError, match="width must be a multiple of 4, 128 at most; got 160"):
+        pipe(**call, num_frames=1, height=16, width=160)
+
+
 def test_the_plan_that_ships_fits_and_runs_where_it_says(pipe):
     plan = Plan.from_pretrained(PLAN)
     dense = clip(pipe)
@@ -145,17 +197,17 @@ def test_the_plan_that_ships_fits_and_runs_where_it_says(pipe):
 
 
 def test_calibration_measures_what_the_model_does_and_leaves_it_as_it_was(pipe):
-    before, seen = clip(pipe), []
+    before, seen = clip(pipe, **SMALL), []
     plan = paroattn.calibrate(
-        pipe, PROMPT, density=0.4, steps=2, capture=CaptureSettings(row_stride=8, paper=False),
-        progress=seen.append, guidance_scale=1.0,
+        pipe, PROMPT, density=0.4, steps=2, capture=CaptureSettings(paper=False),
+        progress=seen.append, guidance_scale=1.0, **SMALL,
     )["transformer"]  # fmt: skip
-    assert plan.density == pytest.approx(0.4, abs=1e-3)
+    assert plan.density == pytest.approx(0.4, abs=1e-3) and str(plan.grid) == "5x6x7"
     assert len(plan.phases) == 2 and plan.made["calibration"]["prompts"] == [PROMPT]
     assert seen[-4] == 1.0 and seen[:-3] == sorted(seen[:-3])
     assert seen[-3:] == pytest.approx([1 / 3, 2 / 3, 1])  # with all blocks, and with those of each phase dropped
     assert next(iter(plan.layers.values())).precision[0][0] == "fp32"
-    assert torch.equal(clip(pipe), before)
+    assert torch.equal(clip(pipe, **SMALL), before)
 
 
 @pytest.mark.parametrize(("prompts", "message"), [([], "at least one prompt"), ([PROMPT, " "], "none of them empty")])

@@ -19,10 +19,10 @@ from paroattn.capture import CaptureSettings, Statistics
 from paroattn.capture.statistics import LARGEST
 from paroattn.cli import COMMANDS
 from paroattn.cli.arguments import parser
-from paroattn.evaluation.forecast import workload
-from paroattn.grid import Grid, Layout
+from paroattn.grid import CANDIDATES, Grid, Layout
 from paroattn.kernels.attention import attention
 from paroattn.plan.plan import Plan
+from paroattn.plan.workloads import workload
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -108,7 +108,7 @@ def _layout(args: Any) -> Any:
 @pytest.mark.parametrize(("page", "args"), [(p, a) for p, a in ON_MODELS if a.command == "calibrate"], ids=str)
 def test_every_calibration_fits_in_memory(page, args):
     model, grid, block = workload(HUB[args.model][1]), _layout(args).grid, parse_block(args.block)
-    settings = CaptureSettings(orders=tuple(args.orders), block=block, codes=True)
+    settings = CaptureSettings(orders=args.orders or CANDIDATES, block=block, codes=True)
     statistics = Statistics("Model", model.heads, model.head_dim, Layout(grid), settings, chosen={"a": ("FHW",)})
     assert statistics.bytes_needed(model.layers, args.steps) <= LARGEST
     assert args.height % model.stride[1] == args.width % model.stride[2] == 0

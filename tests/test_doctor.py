@@ -11,9 +11,11 @@ from torch import nn
 from paroattn.cli import doctor as room
 from paroattn.cli import main
 from paroattn.evaluation import forecast as predictions
-from paroattn.evaluation.forecast import WORKLOADS, Forecast, Workload, forecast, milliseconds, workload
+from paroattn.evaluation.forecast import Forecast, forecast, milliseconds, predict, rates_here
 from paroattn.grid import Grid, TextSpan
 from paroattn.kernels import library, selfcheck
+from paroattn.plan.cost import rates_of
+from paroattn.plan.workloads import WORKLOADS, Workload, workload
 
 CPU, GPU = torch.device("cpu"), SimpleNamespace(type="cuda")
 pytestmark = pytest.mark.filterwarnings(
@@ -323,20 +325,69 @@ def test_flops_are_two_products_of_all_pairs_and_two_for_every_weight():
     assert model.flops("x") == (2 * 2 * tokens**2 * 16, 2 * tokens * (4 + 2 + 4) * 16**2)
 
 
-def test_a_forecast_adds_what_is_around_attention_to_both_sides():
-    found = Forecast(100, 0.3, around_ms=2.0, dense_ms=6.0, sparse_ms={"int8": 1.0})
-    assert found.attention_share == 0.75 and found.speed_up("int8") == pytest.approx(8 / 3)
+SMALL = Workload(2, 64, 3, {"x": (9, 128, 128)}, (4, 8, 8), cross=2, text=TextSpan(7, "prefix"))
+
+
+def test_a_forecast_adds_what_is_around_attention_to_both_sides_in_every_layer():
+    found = Forecast(SMALL, "a GPU", 100, 0.3, 6.0, {"int8": 1.0}, {"eager": 4.0, "compiled": 2.0})
+    assert found.attention_share("compiled") == 0.75 and found.attention_share("eager") == 0.6
+    assert found.forward_ms(None, "eager") == 30.0 and found.forward_ms("int8", "compiled") == 9.0
     row = found.to_dict()["sparse"]["int8"]
-    assert row == {"ms": 1.0, "attention_speed_up": 6.0, "transformer_speed_up": pytest.approx(8 / 3)}
+    assert row["ms"] == 1.0 and row["attention_speed_up"] == 6.0
+    assert row["forward_speed_up"] == {"eager": 2.0, "compiled": pytest.approx(8 / 3)}
 
 
-def test_a_layer_is_timed_with_the_masks_asked_for(quick):
-    model = Workload(2, 64, 2, {"x": (9, 128, 128)}, (4, 8, 8), cross=2, text=TextSpan(7, "prefix"))
-    found = forecast(model, "x", 0.25, ("fp32", "int8"), device="cpu", dtype=torch.float32)
-    assert found.tokens == 3 * 16 * 16 + 7 and list(found.sparse_ms) == ["fp32", "int8"]
-    assert min(found.dense_ms, found.around_ms, *found.sparse_ms.values()) > 0
+def test_a_forecast_here_rests_on_what_is_timed_here(quick):
+    found = forecast(SMALL, "x", 0.25, ("fp32", "int8"), device="cpu", dtype=torch.float32)
+    assert found.tokens == 3 * 16 * 16 + 7 and list(found.sparse_ms) == ["fp32", "int8"] and found.gpu == "cpu"
+    assert min(found.dense_ms, *found.around_ms.values(), *found.sparse_ms.values()) > 0
     blocks, kept = 13, 12 * 3 + 2 * 12 + 1  # every row keeps 3 of 12 blocks; text is dense both ways
     assert found.density == pytest.approx(kept / blocks**2)
+
+
+def test_what_was_timed_comes_back_at_the_same_size_and_the_rest_is_scaled(monkeypatch):
+    known, layout = rates_of("NVIDIA H200"), SMALL.layout("x")
+    monkeypatch.setattr(predictions, "_time_attention", lambda *_: (50.0, {"int8": 20.0}))
+    monkeypatch.setattr(predictions, "_time_matrices", lambda *_: (3.0, 2.0))
+    rates = rates_here(SMALL, layout, 0.25, ("int8",), (64, 64), CPU, torch.float32)
+    found = predict(rates, SMALL, "x", 0.25, ("int8",))
+    assert found.dense_ms == pytest.approx(50.0) and found.sparse_ms["int8"] == pytest.approx(20.0)
+    assert rates.linear_ms(SMALL, 775) == pytest.approx(3 * known.linear_ms(SMALL, 775))
+    assert rates.other_ms(SMALL, 775) == pytest.approx(2 * known.other_ms(SMALL, 775))
+    denser = predict(rates, SMALL, "x", 0.5, ("int8",))
+    assert 1.5 < denser.sparse_ms["int8"] / found.sparse_ms["int8"] < 2.0
+
+
+def test_on_a_gpu_whose_rates_are_packaged_attention_alone_is_timed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(predictions, "_time_attention", lambda *_: (50.0, {"int8/fp8": 20.0}))
+    monkeypatch.setattr(predictions, "_time_matrices", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    model = workload("wan-14b")
+    rates = rates_here(model, model.layout("480p"), 0.25, ("int8/fp8",), (64, 64), torch.device("cuda"), torch.bfloat16)
+    known = rates_of("NVIDIA H200")
+    assert rates.linear_tflops == known.linear_tflops and rates.around_ps == known.around_ps
+
+
+def test_the_doctor_says_what_a_forward_takes_dense_and_by_block_masks(monkeypatch, capsys):
+    rates, asked = rates_of("NVIDIA H200"), []
+
+    def known(model, size, density, precisions, *, block, device):
+        asked.append((precisions, block))
+        return predict(rates, model, size, density, ("int8/fp8", "int8"), block=block)
+
+    monkeypatch.setattr(predictions, "forecast", known)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    args = SimpleNamespace(size="720p", density=0.2, block="128x128")
+    found = room._forecast(args, GPU, "wan-14b")
+    words = " ".join(capsys.readouterr().err.split())
+    assert asked == [(("int8/fp8", "int8", "bf16"), (128, 128))]
+    row = found["measured"]["sparse"]["int8/fp8"]
+    assert found["measured"]["forward_ms"]["compiled"] == pytest.approx(11225, rel=0.03)
+    assert row["forward_speed_up"]["compiled"] == pytest.approx(2.7, abs=0.1)
+    assert f"{row['forward_ms']['compiled']:.0f} ms, 2.70×" in words and "rates of NVIDIA H200" in words
 
 
 def test_more_kept_blocks_take_longer(quick):

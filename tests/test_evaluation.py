@@ -19,7 +19,7 @@ from PIL import Image
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.evaluation import clip_sections, plan_page, video, wording
 from paroattn.evaluation import report as report_module
-from paroattn.evaluation.fidelity import Comparison, Fidelity, compare, evaluate, summarise, summarise_metrics
+from paroattn.evaluation.fidelity import Comparison, Fidelity, compare, evaluate, summarise, summarise_pairs
 from paroattn.evaluation.maps import AttentionMap
 from paroattn.evaluation.pictures import colour_of, map_picture, mask_picture
 from paroattn.evaluation.plan_page import draw_plan, write_plan
@@ -264,7 +264,7 @@ def test_a_summary_of_identical_clips_alone_is_infinite():
 
 
 def test_intervals_of_bounded_metrics_stay_within_their_bounds():
-    found = summarise_metrics([Fidelity(30, 0.99, 0.5), Fidelity(20, 0.2, 0.9)])
+    found = summarise_pairs([Comparison("", 0, Fidelity(*each), 1, 1) for each in ((30, 0.99, 0.5), (20, 0.2, 0.9))])
     assert list(found) == ["psnr", "ssim", "cosine"]
     assert found["ssim"].interval == (-1, 1)
     assert found["psnr"].interval == pytest.approx((25 - 12.706 * 5, 25 + 12.706 * 5))

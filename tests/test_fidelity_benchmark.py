@@ -341,13 +341,9 @@ def test_a_rule_that_keeps_more_than_it_may_is_refused(wan):
 def small():
     """The bundled model on a small grid, and its statistics."""
     torch.set_num_threads(1)
-    patch = pytest.MonkeyPatch()
-    for name, size in {"FRAMES": 5, "HEIGHT": 24, "WIDTH": 28}.items():
-        patch.setattr(demo, name, size)
-    bench = fidelity.Comparison("cpu", 1, STEPS, "auto", "fp32")
+    bench = fidelity.Comparison("cpu", 1, STEPS, "auto", "fp32", demo.MODEL, (5, 24, 28))
     statistics = fidelity.calibrated(bench, 3, (BLOCK, BLOCK), (0.4, 1.0), 1)
-    yield bench, statistics
-    patch.undo()
+    return bench, statistics
 
 
 @pytest.mark.parametrize(("steps", "dense"), [(24, 5), (5, 1), (2, 1), (10, 2), (15, 3)])
@@ -416,7 +412,7 @@ def test_the_first_steps_of_a_warm_up_make_what_dense_steps_make(small):
         with rules.choosing(bench.pipe.transformer, choose) if choose else torch.no_grad():
             bench.pipe(
                 bench.prompts, num_inference_steps=STEPS, generator=[torch.Generator().manual_seed(3)],
-                callback_on_step_end=lambda *args, into=steps: into.append(args[3]["latents"].clone()),
+                callback_on_step_end=lambda *args, into=steps: into.append(args[3]["latents"].clone()), **bench.call,
             )  # fmt: skip
         remove(bench.pipe)
     for name in ("static", "dynamic"):
@@ -435,6 +431,7 @@ def run(small, tmp_path_factory):
     out = folder / "fidelity.json"
     out.write_text(json.dumps({"rows": [{"method": "kept"}, {"method": "paper", "frames": 49}]}))
     base = ["--out", str(out), "--statistics", str(statistics), "--precision", "fp32", "--steps", "2", "--clips", "1"]
+    base += ["--size", "5", "24", "28"]
     fidelity.main([*base, "--densities", "0.5"])
     fidelity.main([*base, "--densities", "0.5", "0.3", "--methods", "paper", "--warmups", "0"])
     return json.loads(out.read_text())["rows"]

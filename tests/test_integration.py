@@ -280,11 +280,23 @@ class TestSteps:
         follow = layer.follow
         layer.follow = lambda phase, *rest: (
             follow(phase, *rest),
-            seen.append((phase, [key[0] for key in layer._known])),
+            seen.append((phase, [resident._phase for resident, _ in layer._known.values()])),
         )
         pipe(6)
         assert {phase for phase, _ in seen} == {0, 1}
         assert all(kept == [phase] for phase, kept in seen)
+
+    def test_every_phase_has_its_own_precision(self, monkeypatch):
+        model, plan = tiny_wan(), random_plan(phases=TWO_PHASES)
+        precision = (("fp32",) * plan.heads, ("int8", *("fp32",) * (plan.heads - 1)))
+        layers = {name: replace(layer, precision=precision) for name, layer in plan.layers.items()}
+        apply(model, replace(plan, layers=layers))
+        with op_calls(monkeypatch) as seen:
+            for level in (0.9, 0.1, 0.9):
+                set_noise_level(model, level)
+                forward(model)
+        expected = ["fp32", precision[1], "fp32"]
+        assert [call["precision"] for call in seen] == [each for each in expected for _ in plan.layers]
 
     @pytest.mark.parametrize("resets", [True, False])
     def test_counting_follows_the_branch_that_came_first_where_nothing_else_tells(self, resets, monkeypatch):
@@ -723,12 +735,6 @@ class TestWrongUse:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert difference(forward(model), expected) < 1e-5
-
-    def test_a_split_model_is_refused(self):
-        model = tiny_wan()
-        model._parallel_config = object()
-        with pytest.raises(ValueError, match="split by enable_parallelism"):
-            apply(model, random_plan())
 
 
 class TestReport:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, ContextParallelConfig
+from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from safetensors.torch import load, save
 from tiny_models import GRID, TWO_PHASES, random_plan, tiny_pipeline, tiny_wan, wan_inputs
@@ -27,7 +27,7 @@ from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, TextSpan
 from paroattn.integration.apply import apply, dense, recording, remove, report, set_noise_level
 from paroattn.integration.calibrate import calibrate
-from paroattn.plan.packing import pack
+from paroattn.plan.packing import pack, unpack_all
 from paroattn.plan.plan import LayerPlan, Plan, PlanError, own_config
 
 PLAN = random_plan(density=0.4)
@@ -285,30 +285,6 @@ def test_there_are_many_wrong_uses():
     assert len(MISUSES) >= 40 and len({misuse.name for misuse in MISUSES}) == len(MISUSES)
 
 
-@pytest.mark.parametrize("degree", ["ring_degree", "ulysses_degree"])
-def test_a_split_model_is_refused_in_either_order(degree, monkeypatch):
-    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=fake.FakeStore())
-    try:
-        model, config = tiny_wan(), ContextParallelConfig(**{degree: 2})
-        model.enable_parallelism(config=config)
-        processors = dict(model.attn_processors)
-        message = says("whole on one device; this one is split by enable_parallelism", "Load it without")
-        with pytest.raises(ValueError, match=message):
-            apply(model, PLAN)
-        assert model.attn_processors == processors
-        model = tiny_wan()
-        stock = forward(model)
-        apply(model, PLAN)
-        with pytest.raises(ValueError, match="ParoWanAttnProcessor' is using backend 'paro' which does not support"):
-            model.enable_parallelism(config=config)
-        remove(model)
-        assert torch.equal(forward(model), stock)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_apply_on_a_compiled_model_keeps_its_code_for_later():
     torch.compiler.reset()
     model = tiny_wan()
@@ -432,17 +408,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a plan of a newer format": (lambda f: forged(f, format_version=3),
                                  "plan format 3; this paroattn reads formats 1, 2.*Update paroattn"),
     "masks that are not packed though they should be": (lambda f: forged(f, format_version=2), "masks are damaged"),
-    "packed masks that are larger than they should be": (
-        lambda f: forged(f, remade(f, lambda t: pack({n: torch.zeros(2, 9, 99, 99).byte() for n in t})),
-                         format_version=2),
-        "packed masks must hold .* bytes; got more"),
-    "packed masks that are smaller than they should be": (
-        lambda f: forged(f, remade(f, lambda t: pack({n: torch.zeros(2, 1).byte() for n in t})), format_version=2),
-        "packed masks must hold .* bytes; got other"),
-    "packed masks with something behind": (
-        lambda f: forged(f, remade(f, lambda t: {n: torch.cat([m, m[:1]]) for n, m in pack(t).items()}),
-                         format_version=2),
-        "packed masks must hold .* bytes; got other"),
     "a format that is no number": (lambda f: forged(f, format_version="1"), "plan format 1;.*Update"),
     "no tensors": (lambda f: tensors_of(f).unlink(), rf"no plan\.safetensors beside plan\.json.*{AGAIN}"),
     "no second expert": (lambda f: __import__("shutil").rmtree(f / "transformer_2"),
@@ -505,6 +470,35 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a number changed by hand": (lambda f: text_of(f, lambda text: text.replace('"share": 1.0', '"share": 1.0000001')),
                                  rf"plan\.json has SHA-256 .*, but says .*changed after it was written.*{AGAIN}"),
 }  # fmt: skip
+
+
+FOUND_WHEN_USED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "packed masks that are larger than they should be": (
+        lambda f: forged(
+            f, remade(f, lambda t: pack({n: torch.zeros(2, 9, 99, 99).byte() for n in t})), format_version=2
+        ),
+        "packed masks must hold .* bytes; got more",
+    ),
+    "packed masks that are smaller than they should be": (
+        lambda f: forged(f, remade(f, lambda t: pack({n: torch.zeros(2, 1).byte() for n in t})), format_version=2),
+        "packed masks must hold .* bytes; got other",
+    ),
+    "packed masks with something behind": (
+        lambda f: forged(
+            f, remade(f, lambda t: {n: torch.cat([m, m[:1]]) for n, m in pack(t).items()}), format_version=2
+        ),
+        "packed masks must hold .* bytes; got other",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", FOUND_WHEN_USED)
+def test_packed_masks_are_looked_at_when_they_are_used_and_nothing_larger_is_made(damage, folder):
+    change, message = FOUND_WHEN_USED[damage]
+    change(folder)
+    layers = Plan.from_pretrained(folder)["transformer"].layers
+    with pytest.raises(ValueError, match=f"(?s){message}.*{AGAIN}"):
+        unpack_all(layer.mask for layer in layers.values())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

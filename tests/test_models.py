@@ -384,7 +384,7 @@ class TestPaddedText:
         video = torch.ones(2, 6, dtype=torch.bool)
         mask = torch.cat([real, video] if side == "prefix" else [video, real], 1)
         tokens = torch.arange(20.0).view(2, 10, 1, 1).expand(2, 10, 2, 3)
-        (found,) = backend._real_text_first(layout, mask[:, None, None], tokens)
+        (found,) = backend._real_text_first(layout, mask[:, None, None], layout.text_positions, tokens)
         text = [1, 3, 0, 2, 10, 11, 12, 13] if side == "prefix" else [7, 9, 6, 8, 16, 17, 18, 19]
         rest = [*range(4, 10), *range(14, 20)] if side == "prefix" else [*range(6), *range(10, 16)]
         ahead = 0 if side == "prefix" else 6

@@ -11,7 +11,8 @@ from paroattn.block_mask import BlockMask
 from paroattn.capture import BlockStats, CaptureSettings, Statistics
 from paroattn.capture.maps import TENSORS
 from paroattn.files import writing_folder
-from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.grid import CANDIDATES, Grid, Layout, TextSpan
+from paroattn.integration.calibrate import needed_by
 from paroattn.phases import Phase, phase_at, phases_of
 from paroattn.plan.packing import pack, unpack
 from paroattn.plan.plan import FOLDER, LayerPlan, Plan, PlanError, TransformerPlan
@@ -148,8 +149,18 @@ def test_each_order_score_picks_the_order_it_says():
 def test_orders_outside_the_candidates_are_not_chosen():
     plan = make_plan(_statistics(), PlanSettings(0.5, orders=("FHW", "HWF")))
     assert {order for layer in plan.layers.values() for order in layer.orders} <= {"FHW", "HWF"}
-    with pytest.raises(ValueError, match="must hold the orders FHW"):
-        make_plan(_statistics(orders=("FHW",)), PlanSettings(0.5))
+    with pytest.raises(ValueError, match="must hold the orders FHW, HWF; got FHW"):
+        make_plan(_statistics(orders=("FHW",)), PlanSettings(0.5, orders=("FHW", "HWF")))
+
+
+def test_without_candidates_all_measured_orders_are_some():
+    measured = ("FHW", "2x2x3")
+    plan = make_plan(_statistics(orders=measured), PlanSettings(0.5))
+    assert {order for layer in plan.layers.values() for order in layer.orders} <= set(measured)
+    chosen = [PlanSettings(order_score=score).orders for score in ("none", "output_error")]
+    assert chosen == [None, None]
+    captured = [needed_by(PlanSettings(order_score=score)).orders for score in ("none", "output_error")]
+    assert captured == [("FHW",), CANDIDATES]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +463,7 @@ def test_saving_over_a_plan_replaces_it(tmp_path):
 
 def test_large_plans_are_packed_and_come_back_bit_by_bit(tmp_path, monkeypatch):
     plain = _saved(tmp_path / "plain")
-    monkeypatch.setattr("paroattn.plan.plan.PACKED_FROM", 1)
+    monkeypatch.setattr("paroattn.plan.folder.PACKED_FROM", 1)
     packed = _saved(tmp_path / "packed")
     versions = [
         json.loads((each / "transformer" / "plan.json").read_text())["format_version"] for each in (plain, packed)
@@ -469,7 +480,7 @@ def test_masks_that_change_little_from_phase_to_phase_take_little_space():
     bits = torch.randint(256, (1, 3, 64, 8), generator=generator, dtype=torch.uint8).repeat(4, 1, 1, 1)
     bits[2:, 1, 5, 3] ^= 4
     packed = pack({"a": bits})["a"]
-    assert torch.equal(unpack({"a": packed}, bits.shape)["a"], bits)
+    assert torch.equal(unpack(packed, bits.shape), bits)
     assert packed.numel() < 1.1 * bits[0].numel()
 
 

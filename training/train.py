@@ -1,5 +1,7 @@
 """Trains the bundled video model: python training/train.py --out run/
 
+With --size 1 208 320 it trains the same transformer on images, and --start gives it the weights to start from.
+
 Flow matching on clips rendered on the fly. The same seed, steps and GPU give the same model; a killed run continues
 from its last checkpoint. Ends by writing the pipeline folder that ships inside the package and metrics.json beside
 it.
@@ -8,7 +10,7 @@ it.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,20 @@ AVERAGE_OVER = 400
 
 
 class Model(nn.Module):
-    def __init__(self):
+    """Transformer and conditioner for clips of a size (frames, height, width) in pixels."""
+
+    def __init__(self, size: Sequence[int] = CLIP):
         super().__init__()
-        self.transformer = WanTransformer3DModel(**TRANSFORMER)
+        tokens = (length // patch for length, patch in zip(size, TRANSFORMER["patch_size"], strict=True))
+        reach = max(TRANSFORMER["rope_max_seq_len"], *tokens)
+        self.transformer = WanTransformer3DModel(**TRANSFORMER | {"rope_max_seq_len": reach})
         self.conditioner = Conditioner(dim=TRANSFORMER["text_dim"])
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a pipeline folder."""
+        for name, part in self.named_children():
+            saved: Any = type(part)
+            part.load_state_dict(saved.from_pretrained(folder / name).state_dict())
 
     def forward(self, noisy: Tensor, noise_level: Tensor, ids: Tensor) -> Tensor:
         return self.transformer(noisy, noise_level * 1000, self.conditioner(ids), return_dict=False)[0]
@@ -82,14 +94,16 @@ def rate_at(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: Model, photographs: Tensor, batches: int = 8, batch: int = 16) -> float:
+def held_out_loss(
+    model: Model, photographs: Tensor, batches: int = 8, batch: int = 16, size: tuple[int, int, int] = CLIP
+) -> float:
     """Denoising loss on clips and word combinations that training never sees."""
     device = photographs.device
     generator = Generator(device).manual_seed(2**31)
     losses = []
     for _ in range(batches):
         words = draw_words(batch, generator, held_out=True)
-        clips = render(words, photographs, CLIP, generator)
+        clips = render(words, photographs, size, generator)
         uniform = (torch.arange(batch, device=device) + 0.5) / batch
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses.append(denoising_loss(model, clips, words.ids(), uniform, generator).item())
@@ -100,15 +114,17 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    photographs = load_photographs(device)
-    model = Model().to(device)
+    photographs = load_photographs(device, max(160, 2 * args.size[1]))
+    model = Model(args.size).to(device)
+    if args.start:
+        model.start_from(args.start)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER)
     )
     optims = optimizers(model, args.rate)
     generator = Generator(device).manual_seed(args.seed)
     checkpoint = args.out / "checkpoint.pt"
-    settings = {name: getattr(args, name) for name in ("steps", "batch", "rate", "seed")}
+    settings = {name: getattr(args, name) for name in ("steps", "batch", "rate", "seed", "size")}
     start, log, before = 0, [], 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -125,7 +141,7 @@ def train(args: argparse.Namespace) -> None:
     began = time.time() - before
     for step in range(start, args.steps):
         words = draw_words(args.batch, generator)
-        clips = render(words, photographs, CLIP, generator)
+        clips = render(words, photographs, args.size, generator)
         dropped = torch.rand(args.batch, generator=generator, device=device) < UNCONDITIONAL
         ids = words.ids().masked_fill(dropped[:, None], 0)
         uniform = (
@@ -177,12 +193,13 @@ def finish(model: Any, photographs: Tensor, args: argparse.Namespace, log: list[
         part.to(torch.bfloat16).save_pretrained(args.out / name, max_shard_size="12MB")
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(args.out / "scheduler")
     metrics = {
-        "held_out_loss": held_out_loss(model.float(), photographs),
+        "held_out_loss": held_out_loss(model.float(), photographs, size=args.size),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": args.steps,
         "batch": args.batch,
         "seed": args.seed,
         "rate": args.rate,
+        "size": list(args.size),
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if photographs.is_cuda else "cpu",
         "torch": torch.__version__,
@@ -199,6 +216,10 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--size", type=int, nargs=3, default=CLIP, help="frames, height and width in pixels")
+    parser.add_argument("--start", type=Path, help="pipeline folder with the weights to start from")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     parser.add_argument("--out", type=Path, default=Path("run"))
-    train(parser.parse_args())
+    args = parser.parse_args()
+    args.size = tuple(args.size)
+    train(args)

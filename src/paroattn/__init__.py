@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from .grid import Grid
     from .integration.apply import apply, dense, remove, report
     from .integration.calibrate import calibrate
+    from .integration.refining import refine
     from .kernels.attention import attention
     from .plan.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "Plan", "__version__", "apply", "attention", "calibrate", "dense", "remove", "report"]
+__all__ = ["Grid", "Plan", "__version__", "apply", "attention", "calibrate", "dense", "refine", "remove", "report"]
 
 _DEFINED_IN = {
     "Grid": ".grid",
@@ -20,6 +21,7 @@ _DEFINED_IN = {
     "attention": ".kernels.attention",
     "calibrate": ".integration.calibrate",
     "dense": ".integration.apply",
+    "refine": ".integration.refining",
     "remove": ".integration.apply",
     "report": ".integration.apply",
 }

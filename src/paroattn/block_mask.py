@@ -66,11 +66,7 @@ class BlockMask:
         if kept.dtype != torch.bool or kept.ndim < 3:
             raise ValueError(f"a block mask must be bool of shape (…, H, Nq, Nk); got {_describe(kept)}")
         _check_rows(kept)
-        padded = torch.nn.functional.pad(kept.view(torch.uint8), (0, -kept.shape[-1] % 8))
-        bits = padded[..., ::8].clone(memory_format=torch.contiguous_format)
-        for place in range(1, 8):
-            bits |= padded[..., place::8] << place
-        return cls(bits, kept.shape[-1], block)
+        return cls(_packed(kept), kept.shape[-1], block)
 
     @classmethod
     def full(cls, heads: int, tokens: int, block: tuple[int, int]) -> "BlockMask":
@@ -89,12 +85,17 @@ class BlockMask:
             raise ValueError(f"bits beyond the {self.key_blocks} key blocks must be 0")
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(…, heads, query blocks, key blocks)."""
+        return (*self.bits.shape[:-1], self.key_blocks)
+
+    @property
     def heads(self) -> int:
-        return self.bits.shape[-3]
+        return self.shape[-3]
 
     @property
     def query_blocks(self) -> int:
-        return self.bits.shape[-2]
+        return self.shape[-2]
 
     @property
     def density(self) -> float:
@@ -153,7 +154,8 @@ class BlockMask:
     def with_text(self, video_tokens: int, text_tokens: int) -> "BlockMask":
         """Extend a mask over the video's blocks by dense text.
 
-        The block in which video and text meet and every block after it are kept, as rows and as columns.
+        The block in which video and text meet and every block after it are kept, as rows and as columns. On a GPU
+        nothing waits for it.
 
         Raises:
             ValueError: If this mask does not cover exactly the video's blocks.
@@ -173,7 +175,7 @@ class BlockMask:
         )  # fmt: skip
         rows, columns = video_tokens // self.block[0], video_tokens // self.block[1]
         whole[..., :rows, :columns] = self.dense()[..., :rows, :columns]
-        return BlockMask.from_dense(whole, self.block)
+        return BlockMask(_packed(whole), whole.shape[-1], self.block)
 
     def refine(self, block: tuple[int, int], tokens: int) -> "BlockMask":
         """The same mask in smaller blocks: each keeps what the block around it keeps.
@@ -353,8 +355,17 @@ class BlockMask:
         return f"Export mask.refine({block}, tokens)."
 
 
+def _packed(kept: Tensor) -> Tensor:
+    """Bits of a boolean mask, lowest first."""
+    padded = torch.nn.functional.pad(kept.view(torch.uint8), (0, -kept.shape[-1] % 8))
+    bits = padded[..., ::8].clone(memory_format=torch.contiguous_format)
+    for place in range(1, 8):
+        bits |= padded[..., place::8] << place
+    return bits
+
+
 def _check_rows(rows: Tensor) -> None:
-    empty = (rows == 0).all(-1).nonzero()
+    empty = rows.any(-1).logical_not().nonzero()
     if len(empty):
         *_, head, row = empty[0].tolist()
         raise ValueError(f"every row must keep at least one block; head {head}, query block {row} keeps none")

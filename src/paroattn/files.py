@@ -1,5 +1,6 @@
-"""Writing folders whole or not at all, and reading JSON that may have come from anywhere."""
+"""Writing folders whole or not at all, reading JSON that may have come from anywhere, and checksums of values."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -85,3 +86,13 @@ def check_writable(folder: str | os.PathLike, holds: Collection[str]) -> None:
             pass
     except OSError as error:
         raise PermissionError(f"{final.parent} cannot be written ({error.strerror}); give another folder") from error
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def shortened(digest: Any) -> str:
+    """The beginning of a checksum, for messages."""
+    return f"{str(digest)[:16]}…"

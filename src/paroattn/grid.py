@@ -14,6 +14,8 @@ from torch import Tensor
 
 ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
 TILES = ("4x4x4", "1x8x8", "16x2x2", "4x2x8")
+CANDIDATES = ORDERS + TILES
+"""What a calibration measures and a plan chooses from unless told otherwise."""
 _SIZE = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}x[1-9]\d{0,5}")
 
 
@@ -121,6 +123,12 @@ class Layout:
     def tokens(self) -> int:
         return self.grid.tokens + self.text.tokens
 
+    @property
+    def text_positions(self) -> slice:
+        """Where the model has the text."""
+        first = 0 if self.text.side == "prefix" else self.grid.tokens
+        return slice(first, first + self.text.tokens)
+
     def table(self, orders: Sequence[str]) -> Tensor:
         """Gather tables, the one definition of kernel order: `table[i, n]` is the model's position of token n.
 
@@ -128,6 +136,6 @@ class Layout:
             int32 of shape (len(orders), tokens); video tokens in each order, then text in the model's order.
         """
         ahead = self.text.tokens if self.text.side == "prefix" else 0
-        text = torch.arange(self.text.tokens) + (0 if self.text.side == "prefix" else self.grid.tokens)
+        text = torch.arange(self.text_positions.start, self.text_positions.stop)
         rows = [torch.cat([token_order(self.grid, order) + ahead, text]) for order in orders]
         return torch.stack(rows).to(torch.int32)

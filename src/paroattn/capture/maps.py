@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -202,10 +203,12 @@ class FolderMaps(Mapping[str, Mapping[float, StoredStats]]):
 def write_whole(path: Path, blob: bytes) -> None:
     """Write a file so that its name holds, at any moment, either what it held before or all of `blob`.
 
+    Several processes may write the same file; the last one's holds.
+
     Raises:
         OSError: If the disk is full or cannot be written; the message says where.
     """
-    scratch = path.with_name(path.name + SCRATCH)
+    scratch = path.with_name(f"{path.name}.{uuid4().hex}{SCRATCH}")
     try:
         with scratch.open("wb") as file:
             file.write(blob)

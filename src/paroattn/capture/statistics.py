@@ -27,7 +27,8 @@ from .measured import BlockStats, CaptureSettings
 FORMAT_VERSION = 2
 SAME_LEVEL = 5
 DESCRIPTION = "statistics.json"
-FILES = (DESCRIPTION, "maps")
+MAPS_FOLDER = "maps"
+FILES = (DESCRIPTION, MAPS_FOLDER)
 LARGEST = 16 * 2**30
 MAPS = ("mass", "error")
 
@@ -238,11 +239,11 @@ class Statistics:
         """Write the statistics as a folder, all of it or nothing; files that are there already are linked."""
         with writing_folder(folder, FILES) as target:
             if isinstance(self.layers, FolderMaps):
-                (target / "maps").mkdir()
+                (target / MAPS_FOLDER).mkdir()
                 for path in self.layers.files():
-                    _link(path, target / "maps" / path.name)
+                    link(path, target / MAPS_FOLDER / path.name)
             else:
-                maps = FolderMaps(target / "maps", list(self.layers), **self._format)
+                maps = FolderMaps(target / MAPS_FOLDER, list(self.layers), **self._format)
                 for layer, levels in self.layers.items():
                     for level, sums in levels.items():
                         maps.put(layer, level, sums)
@@ -257,7 +258,7 @@ class Statistics:
             names: The model's layers in their order.
             owner: Kept as long as the statistics, such as a temporary folder.
         """
-        self.layers = FolderMaps(folder / "maps", names, owner=owner, **self._format)
+        self.layers = FolderMaps(folder / MAPS_FOLDER, names, owner=owner, **self._format)
         self.layers.tidy()
         self._describe(folder)
 
@@ -335,7 +336,7 @@ class Statistics:
         for weight in (*statistics.level_weights.values(), *statistics.layer_weights.values()):
             if not 0 < weight < math.inf:
                 raise ValueError(f"weights must be above 0 and finite; got {weight}")
-        statistics.layers = FolderMaps(folder / "maps", described["layers"], **statistics._format)
+        statistics.layers = FolderMaps(folder / MAPS_FOLDER, described["layers"], **statistics._format)
         for name, levels in described["calls"].items():
             for level in levels:
                 if float(level) not in statistics.layers.get(name, {}):
@@ -352,7 +353,7 @@ def _part(sums: Any, name: str, device: torch.device | str) -> Tensor:
     return getattr(sums, name).to(device, copy=True)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """The same file under another name, or a copy where the file system has no links."""
     with suppress(OSError):
         target.hardlink_to(source)

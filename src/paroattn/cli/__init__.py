@@ -11,10 +11,10 @@ from typing import Any
 
 from .arguments import parser
 from .doctor import examine
-from .terminal import console, end, plan_table, say, say_summary, stages, steps
+from .evaluation import evaluate
+from .inputs import call_of, pipeline_of, plan_of, prompt_of, prompts_of
+from .terminal import console, curve_table, end, plan_table, say, say_summary, stages, steps, which
 
-CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
-REPORT_FOLDER = ("report.html", "results.json")
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 
@@ -28,13 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if args.debug:
             raise
-        print(f"paro {args.command}: {error}", file=sys.stderr)
+        print(f"paro {args.command}{which()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        left = "the same command goes on from here" if args.command == "calibrate" else "nothing was written"
+        left = (
+            "the same command goes on from here" if args.command in ("calibrate", "evaluate") else "nothing was written"
+        )
         print(f"paro {args.command}: interrupted; {left}", file=sys.stderr)
         return 130
-    if args.json:
+    if args.json and not which():
         print(json.dumps(result, indent=1, default=str))
     return 1 if result.get("problems") else 0
 
@@ -58,62 +60,152 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Run a model on calibration prompts; write block statistics and the plan made from them."""
     from ..files import check_writable
-    from ..integration.calibrate import collect, needed_by, own_precision
+    from ..integration.calibrate import check_times, collect, needed_by, own_precision
     from ..integration.collecting import explained
     from ..integration.journal import discard, unfinished
+    from ..integration.processes import group, joined, wait
     from ..integration.sensitivity import measure_sensitivity
     from ..plan.plan import FOLDER
 
-    prompts, call = _prompts(args), _call(args)
+    prompts, call = prompts_of(args), call_of(args)
     settings = _plan_settings(args)
     capture = needed_by(settings, block=_block(args.block), row_stride=args.row_stride)
     check_writable(args.out, FOLDER)
-    pipe = _pipeline(args)
-    settings = replace(settings, precision=args.precision or own_precision(pipe))
     journal = unfinished(args.out)
-    if journal.exists():
-        say(f"going on with {journal}")
-    with stages() as stage:
-        report = partial(stage, f"calibrating on {len(prompts)} prompts")
-        measured = collect(
-            pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
-            progress=report, **call,
-        )  # fmt: skip
-    with explained(journal), stages() as stage:
-        measure_sensitivity(
-            pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
-            steps=args.steps, seed=args.seed, precision=own_precision(pipe),
-            progress=partial(stage, "measuring sensitivity"), **call,
-        )  # fmt: skip
-    with explained(journal):
-        result = _write_plan(measured, settings, args.out)
-    discard(journal)
+    with joined():
+        pipe = pipeline_of(args)
+        settings = replace(settings, precision=args.precision or own_precision(pipe))
+        check_times(pipe, settings, capture)
+        if journal.exists():
+            say(f"going on with {journal}")
+        with stages() as stage:
+            report = partial(stage, f"calibrating on {len(prompts)} prompts")
+            measured = collect(
+                pipe, prompts, steps=args.steps, capture=capture, settings=settings, journal=journal, seed=args.seed,
+                progress=report, **call,
+            )  # fmt: skip
+        with explained(journal), stages() as stage:
+            measure_sensitivity(
+                pipe, measured, prompts, what=args.sensitivity, seeds=args.sensitivity_seeds, settings=settings,
+                steps=args.steps, seed=args.seed, precision=own_precision(pipe),
+                progress=partial(stage, "measuring sensitivity"), **call,
+            )  # fmt: skip
+        result: dict[str, Any] = {}
+        if group()[0] == 0:
+            with explained(journal):
+                result = _write_plan(measured, settings, args.out)
+        wait()
+        if group()[0] == 0:
+            discard(journal)
     return result
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Make another plan from the statistics of a calibration, without running the model."""
+    """Make another plan from the statistics of a calibration, without running the model, also for another grid."""
+    from ..capture.regrid import regridded
     from ..files import check_writable
+    from ..grid import Grid
     from ..integration.calibrate import load_statistics
     from ..plan.plan import FOLDER, STATISTICS, Plan
 
     settings = _plan_settings(args)
-    check_writable(args.out, FOLDER)
+    grid = None if args.grid is None else Grid.parse(args.grid)
+    if args.out is None and args.curve is None:
+        raise ValueError("--out FOLDER is needed for a plan, or --curve for what plans there could be; got neither")
+    if args.out is not None:
+        check_writable(args.out, FOLDER)
+    if grid is not None and not (args.plan / STATISTICS).is_dir():
+        return _carry(args, settings, grid)
     measured = load_statistics(args.plan / STATISTICS)
     if not args.precision:
         layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
         settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
-    return _write_plan(measured, settings, args.out)
+    if grid is not None:
+        measured = {name: regridded(each, grid) for name, each in measured.items()}
+    curves = {} if args.curve is None else _show_curves(measured, settings, args)
+    plan = {} if args.out is None else _write_plan(measured, settings, args.out, carried=grid is not None)
+    return plan if args.curve is None else plan | {"curves": curves}
 
 
-def _write_plan(measured: dict[str, Any], settings: Any, out: Path) -> dict[str, Any]:
-    """Make a plan and write it with the statistics it was made from."""
-    from ..files import writing_folder
-    from ..integration.calibrate import save_statistics
+def _show_curves(measured: dict[str, Any], settings: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Show what every density would lose and take, with the point that the target comes to."""
+    from ..evaluation.curve_page import write_curves
+    from ..plan.curve import described
+    from ..plan.search import Draft
+
+    drafts = {name: Draft(each, settings) for name, each in measured.items()}
+    if not all(draft.curve for draft in drafts.values()):
+        raise ValueError("a curve needs one threshold; got the budget per_head. Choose another budget.")
+    curves = {name: described(draft.curve, draft.density) for name, draft in drafts.items() if draft.curve}
+    for name, curve in curves.items():
+        console().print(curve_table(name, curve))
+    if args.curve:
+        end(write_curves(curves, args.curve), f"paro plan {args.plan} --density DENSITY --out PLAN")
+    return curves
+
+
+def _carry(args: argparse.Namespace, settings: Any, grid: Any) -> dict[str, Any]:
+    """Write a plan for another grid from its masks alone, the same in everything else."""
+    from ..plan.plan import Plan
+    from ..plan.search import PlanSettings
+
+    plan = Plan.from_pretrained(args.plan)
+    if settings != PlanSettings() or args.out is None:
+        raise ValueError(
+            f"{args.plan} has no statistics, from which another plan could be made; got more than --grid and --out, "
+            "which carry the masks as they are. Leave out the rest, or calibrate."
+        )
+    say(f"{args.plan} has no statistics: its masks are carried, which may lose much")
+    carried = plan.for_grid(grid)
+    carried.save_pretrained(args.out)
+    end(args.out, _unmeasured(args.out))
+    return _describe(carried)
+
+
+def _unmeasured(out: Path) -> str:
+    """What to do with a plan that nobody has measured where it is for."""
+    return f"paro evaluate MODEL --plan {out} --prompts prompts.txt --out report/ tells what that loses"
+
+
+def _refine(args: argparse.Namespace) -> dict[str, Any]:
+    """Choose the masks of a plan anew by the error that the model really makes with it."""
+    from ..files import check_writable
+    from ..integration.calibrate import load_statistics
+    from ..integration.refining import Refinement, refine
     from ..plan.plan import FOLDER, STATISTICS, Plan
+
+    prompts, call = prompts_of(args), call_of(args)
+    refinement = Refinement(args.rounds, args.clips, checkpointing=not args.keep_activations)
+    check_writable(args.out, FOLDER)
+    measured = load_statistics(args.plan / STATISTICS)
+    plan, pipe = Plan.from_pretrained(args.plan), pipeline_of(args)
+    with stages() as stage:
+        refined = refine(
+            pipe, plan, measured, prompts, refinement=refinement, steps=args.steps, seed=args.seed,
+            progress=partial(stage, f"refining with {args.rounds * args.clips} clips"), **call,
+        )  # fmt: skip
+    return _keep(refined, measured, args.out)
+
+
+def _write_plan(measured: dict[str, Any], settings: Any, out: Path, *, carried: bool = False) -> dict[str, Any]:
+    """Make a plan and write it, with the statistics it was made from unless those are of another grid."""
+    from ..plan.plan import Plan
     from ..plan.search import make_plan
 
     plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
+    if not carried:
+        return _keep(plan, measured, out)
+    plan.save_pretrained(out)
+    end(out, _unmeasured(out))
+    return _describe(plan)
+
+
+def _keep(plan: Any, measured: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write a plan with the statistics it was made from."""
+    from ..files import writing_folder
+    from ..integration.calibrate import save_statistics
+    from ..plan.plan import FOLDER, STATISTICS
+
     with writing_folder(out, FOLDER) as folder:
         plan.write(folder)
         save_statistics(measured, folder / STATISTICS)
@@ -123,13 +215,19 @@ def _write_plan(measured: dict[str, Any], settings: Any, out: Path) -> dict[str,
 
 def _show(args: argparse.Namespace) -> dict[str, Any]:
     """Show orders, density and precision per layer, as a table and as pictures."""
+    from ..plan.curve import curve_of
     from ..plan.plan import Plan
+    from ..plan.worth import judge
 
     plan = Plan.from_pretrained(args.plan)
     if not all(0 <= args.phase < len(part.phases) for part in plan.values()):
         raise ValueError(f"--phase must be below {min(len(part.phases) for part in plan.values())}; got {args.phase}")
+    worth = {name: judge(part, args.gpu) for name, part in plan.items()}
     for name, part in plan.items():
         console().print(plan_table(name, part))
+        if curve := curve_of(part.made):
+            console().print(curve_table(name, curve))
+        say(f"{name}: {worth[name]}")
     following = f"paro generate MODEL --plan {args.plan} --prompt PROMPT --out out.mp4"
     if args.png:
         from ..evaluation.plan_page import write_plan_picture
@@ -139,147 +237,63 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
         from ..evaluation.plan_page import write_plan
 
         end(write_plan(plan, args.html, title=f"Attention plan {args.plan}", phase=args.phase), following)
-    return _describe(plan)
+    return {name: each | {"runs_dense": vars(worth[name])} for name, each in _describe(plan).items()}
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate one clip or image with a plan, or dense without one."""
+    """Generate one clip or image with a plan, or dense without one; under torchrun, on several GPUs together."""
     import time
 
     from ..evaluation.video import check_clip_path, write_clip
     from ..integration.apply import apply, report
     from ..integration.generate import generate_clip
+    from ..integration.processes import joined, rank
+    from ..integration.splits import split_sequence
     from ..plan.plan import Plan
 
     check_clip_path(args.out)
     if args.dense and (args.plan or args.precision or args.allow_dense):
         raise ValueError("--dense runs without a plan; leave out --plan, --precision and --allow-dense")
-    prompt, call = _prompt(args), _call(args)
-    plan = Plan.from_pretrained(_plan_of(args)) if not args.dense else None
-    pipe = _pipeline(args)
-    if plan is not None:
-        apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
-    began = time.perf_counter()
-    with steps(args.steps) as step:
-        frames = generate_clip(pipe, prompt, args.seed, steps=args.steps, on_step=step, **call)
+    prompt, call = prompt_of(args), call_of(args)
+    plan = Plan.from_pretrained(plan_of(args)) if not args.dense else None
+    with joined() as processes:
+        pipe = pipeline_of(args)
+        if plan is not None:
+            apply(pipe, plan, strict=not args.allow_dense, precision=args.precision, even_if_slower=args.even_if_slower)
+        if processes > 1:
+            split_sequence(pipe)
+        began = time.perf_counter()
+        with steps(args.steps) as step:
+            frames = generate_clip(pipe, prompt, args.seed, steps=args.steps, on_step=step, **call)
     seconds = time.perf_counter() - began
     executed = report(pipe) if plan is not None else None
     if executed is not None:
         say(str(executed))
-    given = f" --plan {args.plan}" if args.plan else ""
-    following = f"paro evaluate {args.model}{given} --prompts prompts.txt --out report/"
-    end(write_clip(frames, args.out, fps=args.fps), following)
-    return {"out": str(args.out), "seconds": seconds, "executed": executed.to_dict() if executed else None}
-
-
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate every prompt dense and with the plan, same seeds, and report the differences."""
-    from ..evaluation.fidelity import evaluate, summarise_metrics
-    from ..evaluation.report import ReportData, environment, write_report
-    from ..files import check_writable, writing_folder
-    from ..integration.apply import apply, dense, report
-    from ..integration.generate import generate_clip
-    from ..plan.plan import Plan
-
-    prompts, call = _prompts(args), _call(args)
-    check_writable(args.out, REPORT_FOLDER)
-    plan = Plan.from_pretrained(_plan_of(args))
-    pipe = _pipeline(args)
-    apply(pipe, plan, strict=not args.allow_dense, precision=args.precision)
-    with writing_folder(args.out, REPORT_FOLDER) as folder, steps(args.steps and 2 * len(prompts) * args.steps) as step:
-
-        def generate(prompt: str, seed: int) -> Any:
-            return generate_clip(pipe, prompt, seed, steps=args.steps, on_step=step, **call)
-
-        pairs = list(evaluate(generate, prompts, (args.seed,), dense=partial(dense, pipe)))
-        executed, summary = report(pipe), summarise_metrics([pair.fidelity for pair in pairs])
-        numbers = {
-            "model": args.model,
-            "density": {name: part.density for name, part in plan.items()},
-            "summary": {name: each.to_dict() for name, each in summary.items()},
-            "clips": [pair.record() for pair in pairs],
-            "executed": executed.to_dict(),
-            "environment": environment(_device_of(pipe)),
-        }
-        (folder / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-        data = ReportData(
-            title=f"PAROAttention against dense attention: {args.model}",
-            clips=pairs,
-            plan=plan,
-            execution={"layers": executed.rows()},
-            command=args.words,
-            versions=environment(_device_of(pipe)),
-            fps=args.fps,
-        )
-        write_report(data, folder / "report.html")
-    seconds = {"dense": sum(p.dense_seconds for p in pairs), "sparse": sum(p.sparse_seconds for p in pairs)}
-    say_summary(numbers["summary"], seconds)
-    end(
-        args.out / "report.html",
-        "open it in a browser; for other densities, paro plan PLAN --density 0.2 --out plan20/",
-    )
-    return numbers
-
-
-def _pipeline(args: argparse.Namespace) -> Any:
-    """The bundled pipeline for "demo", or a diffusers pipeline by folder or hub id."""
-    from ..integration.pipelines import default_device, dtype_of, load_pipeline, place, read_arguments
-
-    device = args.device or default_device()
-    if args.model == "demo":
-        from ..demo.pipeline import load_demo
-
-        return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
-    settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype, "pipeline": args.pipeline}
-    load = dict.fromkeys(args.without) | read_arguments(args.load)
-    return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
-
-
-def _device_of(pipe: Any) -> Any:
-    """Where the pipeline computes, which is not where its weights wait if they are offloaded."""
-    return getattr(pipe, "_execution_device", pipe.device)
-
-
-def _plan_of(args: argparse.Namespace) -> Path:
-    """The plan asked for; the bundled model has one of its own."""
-    if args.plan is not None:
-        return args.plan
-    if args.model == "demo":
-        from ..demo.pipeline import PLAN
-
-        return PLAN
-    raise ValueError("--plan is needed, or --dense for dense attention. Make one with paro calibrate.")
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """All prompts asked for: those of the file, those given as words, and those given as embeddings."""
-    from ..integration.pipelines import read_embeddings, read_prompts
-
-    prompts = [*(read_prompts(args.prompts) if args.prompts else []), *args.prompt]
-    prompts += map(read_embeddings, args.prompt_embeds)
-    if not prompts:
-        raise ValueError("at least one prompt is needed; give --prompts FILE, --prompt TEXT or --prompt-embeds FILE")
-    return prompts
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    from ..integration.pipelines import read_embeddings
-
-    given = [*([args.prompt] if args.prompt else []), *map(read_embeddings, args.prompt_embeds)]
-    if len(given) != 1:
-        raise ValueError(f"one prompt is needed, as --prompt TEXT or --prompt-embeds FILE; got {len(given)}")
-    return given[0]
+    if rank() == 0:
+        given = f" --plan {args.plan}" if args.plan else ""
+        following = f"paro evaluate {args.model}{given} --prompts prompts.txt --out report/"
+        end(write_clip(frames, args.out, fps=args.fps), following)
+    return {
+        "out": str(args.out), "seconds": seconds, "processes": processes,
+        "executed": executed.to_dict() if executed else None,
+    }  # fmt: skip
 
 
 def _plan_settings(args: argparse.Namespace) -> Any:
+    from ..plan.cost import rates_of
+    from ..plan.curve import error_of
     from ..plan.search import PHASE_ENDS, PlanSettings
 
+    rates_of(args.gpu)
     return PlanSettings(
         density=args.density,
+        error=args.error if args.snr is None else error_of(args.snr),
+        speedup=args.speedup,
+        gpu=args.gpu,
         order_score=args.order_score,
         mask_score=args.mask_score,
         budget=args.budget,
-        orders=tuple(args.orders),
+        orders=tuple(args.orders) if args.orders else None,
         phase_ends=tuple(args.phase_ends or PHASE_ENDS),
         precision=args.precision,
     )
@@ -291,23 +305,16 @@ def _block(text: str) -> tuple[int, int]:
     return parse_block(text)
 
 
-def _call(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call; pictures are read here, before any work."""
-    from ..integration.pipelines import read_arguments, read_file
-
-    call = {name: value for name in CALL_ARGUMENTS if (value := getattr(args, name)) is not None}
-    pictures = [read_file(path) for path in args.image]
-    call |= {"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {}
-    return call | read_arguments(args.set)
-
-
 def _describe(plan: Any) -> dict[str, Any]:
+    from ..plan.curve import curve_of
+
     return {
         name: {
             "model_class": part.model_class,
             "grid": str(part.grid),
             "block": "x".join(map(str, part.block)),
             "density": part.density,
+            "predicted": (curve_of(part.made) or {}).get("chosen"),
             "phases": [vars(phase) for phase in part.phases],
             "layers": {
                 path: {
@@ -326,8 +333,9 @@ COMMANDS = {
     "demo": _demo,
     "calibrate": _calibrate,
     "plan": _plan,
+    "refine": _refine,
     "show": _show,
     "generate": _generate,
-    "evaluate": _evaluate,
+    "evaluate": evaluate,
     "doctor": examine,
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..grid import ORDERS, TILES
+from ..grid import CANDIDATES
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -109,21 +109,46 @@ def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _replan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("plan", type=Path, help="folder that paro calibrate wrote")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--out", type=Path, help="folder to write; without it, only the curve is shown")
+    sub.add_argument(
+        "--curve", nargs="?", const="", metavar="FILE",
+        help="show density, predicted error and predicted time; also as .html or .json",
+    )  # fmt: skip
     sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
+    sub.add_argument(
+        "--grid", metavar="FxHxW",
+        help="make the plan for this grid of tokens, from statistics of the other; what that loses is not measured",
+    )  # fmt: skip
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--density", type=float, default=0.25, help="kept share of the video's blocks (default: %(default)s)"
+    target = sub.add_mutually_exclusive_group()
+    target.add_argument("--density", type=float, help="kept share of the video's blocks (default: 0.25)")
+    target.add_argument("--error", type=float, help="instead: predicted relative squared error, such as 0.003")
+    target.add_argument("--snr", type=float, metavar="DB", help="instead: the same as dB, such as 25")
+    target.add_argument(
+        "--speedup", type=float, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
     )
+    sub.add_argument("--gpu", default="NVIDIA H200", help="where times are predicted (default: %(default)s)")
     sub.add_argument("--order-score", default="output_error", help="none, paper, mass or output_error")
     sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
     sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")
     sub.add_argument(
-        "--orders", nargs="+", default=list(ORDERS), help=f"candidates, also tiles such as {' '.join(TILES)}"
+        "--orders", nargs="+", help=f"candidate orders (default: {' '.join(CANDIDATES)}; of statistics, all in them)"
     )
     sub.add_argument("--phase-ends", type=float, nargs="+", help="shares of the steps at which phases end")
+
+
+def _refine_arguments(sub: argparse.ArgumentParser) -> None:
+    _prompts_arguments(sub)
+    sub.add_argument("--plan", type=Path, required=True, help="folder that paro calibrate or paro plan wrote")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--steps", type=_count, default=10, help="inference steps of every clip (default: %(default)s)")
+    sub.add_argument("--rounds", type=_count, default=16, help="how often masks are chosen anew (default: %(default)s)")
+    sub.add_argument("--clips", type=_count, default=8, help="clips generated for each round (default: %(default)s)")
+    sub.add_argument(
+        "--keep-activations", action="store_true", help="faster, where memory for a whole backward pass is there"
+    )
 
 
 def _show_arguments(sub: argparse.ArgumentParser) -> None:
@@ -131,6 +156,9 @@ def _show_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this page")
     sub.add_argument("--png", type=Path, help="also draw the mask of every head, with its order and density, into one")
     sub.add_argument("--phase", type=int, default=0, help="whose masks are drawn (default: %(default)s)")
+    sub.add_argument(
+        "--gpu", default="NVIDIA H200", help="say which layers gain nothing there, and run dense (default: %(default)s)"
+    )
 
 
 def _run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -139,6 +167,13 @@ def _run_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
     )
+
+
+def _slower_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--even-if-slower", action="store_true",
+        help="follow the plan in layers too that dense attention is predicted to serve faster on this GPU",
+    )  # fmt: skip
 
 
 def _fps_argument(sub: argparse.ArgumentParser) -> None:
@@ -157,6 +192,21 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     _prompts_arguments(sub)
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     _fps_argument(sub)
+    sub.add_argument(
+        "--samples", type=_count, default=1, help="pairs of every prompt, seeds counting up (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME",
+        help="more of them: lpips, clip-score, fvd, vbench, from packages and weights of their own",
+    )  # fmt: skip
+    sub.add_argument(
+        "--against", type=Path, metavar="REPORT",
+        help="folder of another evaluation with the same prompts and seeds, to compare pair by pair",
+    )  # fmt: skip
+    sub.add_argument(
+        "--timeout", type=_positive, default=1800.0,
+        help="under torchrun, how long all ranks may be silent, in seconds (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _call_arguments(sub: argparse.ArgumentParser) -> None:
@@ -187,8 +237,9 @@ _ARGUMENTS = {
     "demo": (_demo_arguments,),
     "calibrate": (_model_arguments, _calibration_arguments, _plan_arguments, _call_arguments),
     "plan": (_replan_arguments, _plan_arguments),
+    "refine": (_model_arguments, _refine_arguments, _call_arguments),
     "show": (_show_arguments,),
-    "generate": (_model_arguments, _run_arguments, _generate_arguments, _call_arguments),
-    "evaluate": (_model_arguments, _run_arguments, _evaluate_arguments, _call_arguments),
+    "generate": (_model_arguments, _run_arguments, _slower_argument, _generate_arguments, _call_arguments),
+    "evaluate": (_model_arguments, _run_arguments, _slower_argument, _evaluate_arguments, _call_arguments),
     "doctor": (_doctor_arguments,),
 }

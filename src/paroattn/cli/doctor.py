@@ -26,7 +26,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:
     """Check this machine: what is installed, whether every kernel agrees with the reference, and how fast it is."""
-    from ..evaluation.forecast import workload
+    from ..plan.workloads import workload
 
     if args.model == "list":
         return _list_models()
@@ -216,7 +216,8 @@ def _forecast(args: argparse.Namespace, device: Any, name: str) -> dict[str, Any
     import torch
 
     from ..block_mask import parse_block
-    from ..evaluation.forecast import forecast, workload
+    from ..evaluation.forecast import forecast
+    from ..plan.workloads import workload
 
     model, block = workload(name), parse_block(args.block)
     size = args.size or next(iter(model.sizes))
@@ -238,22 +239,33 @@ def _forecast(args: argparse.Namespace, device: Any, name: str) -> dict[str, Any
     except torch.OutOfMemoryError as error:
         say(f"not timed, the sequence does not fit on this GPU: {error}")
         return about
+    _say_forecast(measured, args.block)
+    return about | {"measured": measured.to_dict()}
+
+
+def _say_forecast(measured: Any, block: str) -> None:
+    """The forward of a model as a table, dense and by block masks."""
+    dense = ", ".join(f"{measured.forward_ms(None, mode):.0f} ms {mode}" for mode in measured.around_ms)
+    shares = ", ".join(f"{measured.attention_share(mode):.0%}" for mode in measured.around_ms)
     say(
-        f"one layer, dense: {measured.dense_ms:.2f} ms of attention and {measured.around_ms:.2f} ms around it, "
-        f"{measured.attention_share:.0%} attention. Blocks of {args.block}, executed density {measured.density:.3f}:"
+        f"one forward, batch {measured.model.batch}, dense: {dense}; of that self-attention {shares}. "
+        f"Blocks of {block}, executed density {measured.density:.3f}:"
     )
     table = Table()
-    for column in ("precision", "attention, ms", "faster", "transformer faster"):
+    heads = ("precision", "attention, ms a layer", "faster", *(f"forward, {mode}" for mode in measured.around_ms))
+    for column in heads:
         table.add_column(column, justify="left" if column == "precision" else "right")
-    for precision, ms in measured.sparse_ms.items():
-        speed_ups = (measured.dense_ms / ms, measured.speed_up(precision))
-        table.add_row(precision, f"{ms:.2f}", *(f"{each:.2f}×" for each in speed_ups))
+    for name, ms in measured.sparse_ms.items():
+        whole = [
+            f"{measured.forward_ms(name, mode):.0f} ms, {measured.speed_up(name, mode):.2f}×"
+            for mode in measured.around_ms
+        ]
+        table.add_row(name, f"{ms:.2f}", f"{measured.dense_ms / ms:.2f}×", *whole)
     console().print(table)
     say(
-        "Text encoder and VAE come on top and stay as they are. "
-        "Quality depends on the plan: measure with paro evaluate."
+        f"Attention was timed here; what is around it comes from rates of {measured.gpu}. Text encoder and VAE come on "
+        "top and stay as they are. Quality depends on the plan: measure with paro evaluate."
     )
-    return about | {"measured": measured.to_dict()}
 
 
 def _conclude(problems: list[str], device: Any) -> None:
@@ -265,7 +277,7 @@ def _conclude(problems: list[str], device: Any) -> None:
 
 
 def _list_models() -> dict[str, Any]:
-    from ..evaluation.forecast import WORKLOADS
+    from ..plan.workloads import WORKLOADS
 
     models: dict[str, Any] = {}
     table = Table()

@@ -1,5 +1,6 @@
 """What a person sees in the terminal: progress bars, tables, and the closing words of every command."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,24 @@ def plan_table(name: str, part: Any) -> Table:
         heads = density.mean(0)
         phases = [f"{value:.2f}" for value in density.mean(1).tolist()]
         table.add_row(path, orders, *phases, f"{heads.min():.2f}–{heads.max():.2f}")
+    return table
+
+
+def curve_table(name: str, curve: Any) -> Table:
+    """One transformer's curve of density, predicted error and predicted time, the chosen point marked."""
+    from ..evaluation.curve_page import cell, columns_of, rows_of
+    from ..plan.curve import MEANINGS
+
+    where = f"; times of one compiled forward on an {curve['gpu']}" if curve["gpu"] else ""
+    table = Table(title=f"{name}: predicted error {MEANINGS[curve['error_of']]}{where}", title_justify="left")
+    columns = columns_of(curve)
+    for _, head in columns:
+        table.add_column(head, justify="right")
+    for point, chosen in rows_of(curve):
+        cells = [cell(key, point[key]) for key, _ in columns]
+        table.add_row(*cells, style="bold" if chosen else None)
+    if curve["times_unknown"]:
+        table.caption, table.caption_justify = f"not predicted: {curve['times_unknown']}", "left"
     return table
 
 
@@ -84,8 +103,14 @@ def say(text: str) -> None:
 
 
 def console() -> Console:
-    """Standard error, so that standard output holds JSON alone."""
-    return Console(stderr=True)
+    """Standard error, so that standard output holds JSON alone; of several processes, the first one's."""
+    return Console(stderr=True, quiet=bool(which()))
+
+
+def which() -> str:
+    """Which of the processes that torchrun has started this is, in words; nothing for the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (rank {rank})"
 
 
 def _bars(amount: ProgressColumn) -> Progress:

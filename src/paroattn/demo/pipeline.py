@@ -55,6 +55,9 @@ class DemoPipeline(DiffusionPipeline):
         guidance_scale: float = GUIDANCE,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pt",
+        num_frames: int = FRAMES,
+        height: int = HEIGHT,
+        width: int = WIDTH,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], Any] | None = None,
     ) -> DemoOutput:
         """Generate one clip per prompt.
@@ -65,6 +68,8 @@ class DemoPipeline(DiffusionPipeline):
             guidance_scale: Classifier-free guidance; 1 turns it off and halves the time.
             generator: One for all clips, or one per clip.
             output_type: "pt" for frames in [0, 1], "latent" for the model's own values.
+            num_frames, height, width: Of a clip, sizes in pixels. The model was trained on the defaults alone; others
+                show what a plan does there, not what the model can do.
             callback_on_step_end: Called after every step as in other diffusers pipelines; its result is ignored.
 
         Raises:
@@ -74,13 +79,18 @@ class DemoPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be pt or latent; got {output_type!r}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be 1 or more; got {num_inference_steps}")
+        size = (num_frames, height, width)
+        longest = self.transformer.config.rope_max_seq_len  # tokens along an axis that the model's positions reach
+        for name, length, patch in zip(("num_frames", "height", "width"), size, self._patch, strict=True):
+            if length % patch or not 0 < length <= patch * longest:
+                raise ValueError(f"{name} must be a multiple of {patch}, {patch * longest} at most; got {length}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("at least one prompt is needed; got none")
         device, dtype = self.transformer.device, self.transformer.dtype
         wanted = self.conditioner.encode(prompts).to(dtype)
         unguided = self.conditioner.encode([""] * len(prompts)).to(dtype)
-        clips = self._noise(len(prompts), generator).to(device)
+        clips = self._noise(len(prompts), size, generator).to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             when = timestep.expand(len(prompts))
@@ -97,8 +107,14 @@ class DemoPipeline(DiffusionPipeline):
         frames = clips.transpose(1, 2)
         return DemoOutput(frames=frames if output_type == "latent" else frames.clamp(-1, 1) / 2 + 0.5)
 
-    def _noise(self, clips: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-        shape = (3, FRAMES, HEIGHT, WIDTH)
+    @property
+    def _patch(self) -> tuple[int, int, int]:
+        return tuple(self.transformer.config.patch_size)
+
+    def _noise(
+        self, clips: int, size: tuple[int, int, int], generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> Tensor:
+        shape = (3, *size)
         generators = list(generator) if isinstance(generator, Sequence) else [generator] * clips
         if len(generators) != clips:
             raise ValueError(f"{clips} prompts need one generator or {clips}; got {len(generators)}")
@@ -109,13 +125,15 @@ class DemoPipeline(DiffusionPipeline):
         return torch.stack(drawn)
 
 
-def load_demo(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DemoPipeline:
-    """The bundled pipeline with its weights, ready to use."""
+def load_demo(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, model: Path = MODEL
+) -> DemoPipeline:
+    """The bundled pipeline with its weights, ready to use; or one like it, from the folder that training wrote."""
     settings = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with _quiet():
-        transformer = WanTransformer3DModel.from_pretrained(MODEL / "transformer", **settings)
-        conditioner = Conditioner.from_pretrained(MODEL / "conditioner", **settings)
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
+        transformer = WanTransformer3DModel.from_pretrained(model / "transformer", **settings)
+        conditioner = Conditioner.from_pretrained(model / "conditioner", **settings)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
     pipe = DemoPipeline(transformer, scheduler, conditioner).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -133,9 +151,9 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def weights_sha256() -> str:
-    """SHA-256 over the bundled weights, file by file in the order of their names."""
+def weights_sha256(model: Path = MODEL) -> str:
+    """SHA-256 over a model's weights, file by file in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(MODEL.rglob("*.safetensors")):
+    for path in sorted(model.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

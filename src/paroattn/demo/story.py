@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..capture import CaptureSettings
-from ..evaluation.fidelity import Comparison, evaluate, summarise_metrics
+from ..evaluation.fidelity import Comparison, evaluate, summarise_pairs
 from ..evaluation.maps import instructive_maps
 from ..evaluation.report import ReportData, environment, write_report
 from ..files import writing_folder
@@ -58,7 +58,7 @@ class DemoSettings:
 
     @property
     def plan(self) -> PlanSettings:
-        return PlanSettings(density=self.density)
+        return PlanSettings(density=self.density, orders=self.capture.orders)
 
     @property
     def capture(self) -> CaptureSettings:
@@ -85,7 +85,7 @@ def run_demo(out: Path, settings: DemoSettings, progress: Progress, command: str
         with _timed(seconds, "planning"):
             plan = make_plan(statistics, settings.plan)
         Plan({"transformer": plan}).save_pretrained(folder / "plan")
-        apply(pipe, Plan({"transformer": plan}))
+        apply(pipe, Plan({"transformer": plan}), even_if_slower=True)
         pairs = _pairs(pipe, settings, progress)
         executed = report(pipe)
         remove(pipe)
@@ -142,7 +142,7 @@ def _pairs(pipe: Any, settings: DemoSettings, progress: Progress) -> list[Compar
 def _numbers(
     plan: TransformerPlan, pairs: list[Comparison], seconds: dict[str, float], executed: dict
 ) -> dict[str, Any]:
-    summary = summarise_metrics([pair.fidelity for pair in pairs])
+    summary = summarise_pairs(pairs)
     return {
         "density": plan.density,
         "clips": [pair.record() for pair in pairs],
@@ -165,9 +165,11 @@ def _note(plan: TransformerPlan, settings: DemoSettings) -> str:
         for mine, theirs in zip(layer.orders, shipped.layers[name].orders, strict=True)
     ]
     made = shipped.made["calibration"]
+    refined = shipped.made["refined"]
     return (
         f"This plan was made just now from one prompt, {settings.calibration_steps} steps and one query row in "
         f"{settings.row_stride}. The plan that ships was made from {len(made['prompts'])} prompts, "
-        f"{made['steps']} steps and all rows, at density {shipped.density:.2f} with {len(shipped.phases)} phases. "
+        f"{made['steps']} steps and all rows, at density {shipped.density:.2f} with {len(shipped.phases)} phases, "
+        f"and refined with {refined['rounds'] * refined['clips']} clips. "
         f"The two chose the same order for {sum(orders)} of {len(orders)} heads."
     )

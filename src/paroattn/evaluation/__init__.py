@@ -1,6 +1,6 @@
 """How close sparse attention stays to dense: paired metrics, clips for a browser, and one self-contained report."""
 
-from .fidelity import Comparison, Fidelity, Summary, compare, evaluate, summarise, summarise_metrics
+from .fidelity import Comparison, Fidelity, Summary, compare, evaluate, summarise, summarise_pairs
 from .maps import AttentionMap
 from .plan_page import draw_plan, write_plan
 from .report import ReportData, environment, write_report
@@ -18,7 +18,7 @@ __all__ = [
     "environment",
     "evaluate",
     "summarise",
-    "summarise_metrics",
+    "summarise_pairs",
     "write_clip",
     "write_plan",
     "write_report",

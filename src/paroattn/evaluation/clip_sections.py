@@ -1,9 +1,9 @@
 """Sections of a report on its clips: pairs side by side with their difference, and how close they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .fidelity import Comparison, Summary, summarise_metrics
+from .fidelity import Comparison, Summary, summarise_pairs
 from .markup import Markup, details, section, table, tag, terms
 from .video import SpriteSheet, difference, sprite_sheet
 from .wording import decibels, duration, mean_spread, number, plural
@@ -11,7 +11,18 @@ from .wording import decibels, duration, mean_spread, number, plural
 DIFFERENCE_GAIN = 4
 SHOWN_CLIPS = 6
 CLIPS_BUDGET = 2_000_000
-METRICS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".3f"), "cosine": ("cosine similarity", ".4f")}
+METRICS = {
+    "psnr": ("PSNR, dB", ".1f"),
+    "ssim": ("SSIM", ".3f"),
+    "cosine": ("cosine similarity", ".4f"),
+    "ms_ssim": ("MS-SSIM", ".4f"),
+    "latents_cosine": ("cosine of the latents", ".4f"),
+    "lpips": ("LPIPS", ".4f"),
+    "clip_score_dense": ("CLIP score, dense", ".2f"),
+    "clip_score_sparse": ("CLIP score, sparse", ".2f"),
+    "clip_score_change": ("CLIP score, sparse − dense", "+.2f"),
+}
+WORST_IS_HIGH = ("lpips",)
 
 
 def clips_section(clips: Sequence[Comparison], fps: float) -> Markup:
@@ -20,7 +31,7 @@ def clips_section(clips: Sequence[Comparison], fps: float) -> Markup:
     shown = _chosen(clips, worst)
     if not shown:
         return Markup()
-    trios = [_sheets(clip, fps, CLIPS_BUDGET // (3 * len(shown))) for clip in shown]
+    trios = [clip.sheets or sheets_of(clip, fps, CLIPS_BUDGET // (3 * len(shown))) for clip in shown]
     badge = tag("span", "worst pair", class_="badge") if len(clips) > 1 else ""
     blocks = [_clip(clip, trio, badge if clip is worst else "") for clip, trio in zip(shown, trios, strict=True)]
     lead = (
@@ -36,12 +47,13 @@ def clips_section(clips: Sequence[Comparison], fps: float) -> Markup:
 
 def _chosen(clips: Sequence[Comparison], worst: Comparison | None) -> list[Comparison]:
     """The first pairs whose frames are at hand, and the worst."""
-    drawable = [clip for clip in clips if clip.dense is not None and clip.sparse is not None]
+    drawable = [clip for clip in clips if clip.sheets or (clip.dense is not None and clip.sparse is not None)]
     late = [clip for clip in drawable[SHOWN_CLIPS:] if clip is worst]
     return drawable[: SHOWN_CLIPS - len(late)] + late
 
 
-def _sheets(clip: Comparison, fps: float, budget: int) -> list[SpriteSheet]:
+def sheets_of(clip: Comparison, fps: float, budget: int) -> list[SpriteSheet]:
+    """The dense clip, the sparse one and their difference as pictures, each of so many bytes where that is enough."""
     assert clip.dense is not None and clip.sparse is not None
     trio = (clip.dense, clip.sparse, difference(clip.dense, clip.sparse, DIFFERENCE_GAIN))
     return [sprite_sheet(frames, fps=fps, budget=budget) for frames in trio]
@@ -87,31 +99,58 @@ def _panel(sheet: SpriteSheet, label: str, prompt: str) -> Markup:
 
 
 def fidelity_section(clips: Sequence[Comparison]) -> Markup:
-    """Metrics over all pairs, and every pair by itself."""
+    """Metrics over all pairs, the worst pair, and every pair by itself."""
     if not clips:
         return Markup()
-    metrics = summarise_metrics([clip.fidelity for clip in clips])
-    rows = [_metric_row(metrics[name], label, form) for name, (label, form) in METRICS.items()]
+    metrics = summarise_pairs(clips)
+    shown = {name: METRICS.get(name, (name, ".4f")) for name in metrics}
+    rows = [_metric_row(name, metrics[name], label, form, clips) for name, (label, form) in shown.items()]
     caption = f"Over {plural(len(clips), 'pair')}; spread is the standard deviation over clips"
     if identical := metrics["psnr"].infinite:
         caption += f". The mean PSNR leaves out {plural(identical, 'pair')} of identical clips"
     summary = table(
-        ("", "mean ± spread", "95 % interval of the mean", "worst clip", "best clip"), rows, caption=caption
-    )
-    columns = ("", "seed", "PSNR, dB", "SSIM", "cosine", "dense", "PAROAttention", "speed")
-    pairs = table(columns, map(_pair_row, clips), caption="Every pair")
+        ("", "mean ± spread", "95 % interval of the mean", "worst clip", "best clip", " which is worst"), rows,
+        caption=caption,
+    )  # fmt: skip
+    columns = ("", "seed", *(label for label, _ in shown.values()), "dense", "PAROAttention", "speed")
+    pairs = table(columns, [_pair_row(clip, shown) for clip in clips], caption="Every pair")
     lead = (
         "How close clips stay to their dense twins. PSNR over all frames, values in −1…1; SSIM is the mean over frames."
     )
     return section("Fidelity", lead, summary, details("Every pair", pairs))
 
 
-def _metric_row(summary: Summary, label: str, form: str) -> list[str]:
-    interval = " … ".join(number(bound, form) for bound in summary.interval) if summary.interval else "–"
-    return [label, mean_spread(summary, form), interval, number(summary.lowest, form), number(summary.highest, form)]
+def differences_section(differences: Mapping[str, Summary], other: str) -> Markup:
+    """By how much this evaluation's clips are closer than those of another."""
+    if not differences:
+        return Markup()
+    rows = []
+    for name, summary in differences.items():
+        label, form = METRICS.get(name, (name, ".4f"))
+        signed = "+" + form.lstrip("+")
+        rows.append([label, mean_spread(summary, signed), _interval(summary, signed), summary.count])
+    lead = (
+        f"The same prompts and seeds as in {other}: this evaluation minus that one, pair by pair. Where the interval "
+        "leaves out 0, the difference is more than chance."
+    )
+    columns = ("", "mean ± spread", "95 % interval of the mean", "pairs")
+    return section("Difference", lead, table(columns, rows, caption=f"Against {other}"))
 
 
-def _pair_row(clip: Comparison) -> list[Any]:
-    metrics = [number(getattr(clip.fidelity, name), form) for name, (_, form) in METRICS.items()]
+def _metric_row(name: str, summary: Summary, label: str, form: str, clips: Sequence[Comparison]) -> list[Any]:
+    ends = (summary.lowest, summary.highest)
+    choose = max if name in WORST_IS_HIGH else min
+    worst = choose(clips, key=lambda clip: clip.metrics[name])
+    said = tag("td", worst.prompt, f", seed {worst.seed}", class_="text quiet")
+    bounds = [number(end, form) for end in (ends[::-1] if name in WORST_IS_HIGH else ends)]
+    return [label, mean_spread(summary, form), _interval(summary, form), *bounds, said]
+
+
+def _interval(summary: Summary, form: str) -> str:
+    return " … ".join(number(bound, form) for bound in summary.interval) if summary.interval else "–"
+
+
+def _pair_row(clip: Comparison, shown: Mapping[str, tuple[str, str]]) -> list[Any]:
+    metrics = [number(clip.metrics[name], form) for name, (_, form) in shown.items()]
     seconds = [duration(clip.dense_seconds), duration(clip.sparse_seconds)]
     return [tag("span", clip.prompt, class_="prompt"), clip.seed, *metrics, *seconds, f"{clip.speed_up:.2f}×"]

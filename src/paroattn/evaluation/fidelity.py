@@ -3,20 +3,26 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 
 LIMITS = {"psnr": (-math.inf, math.inf), "ssim": (-1.0, 1.0), "cosine": (-1.0, 1.0)}
+FURTHER_LIMITS = {"ms_ssim": (0.0, 1.0), "latents_cosine": (-1.0, 1.0)}
 DATA_RANGE = 2.0
 SMALLEST_FRAME = 11
+SMALLEST_FOR_SCALES = 176
 
 Generate = Callable[[str, int], Tensor]
+Measure = Callable[[str, Tensor, Tensor], Mapping[str, float]]
 Toggle = Callable[[], AbstractContextManager]
 Progress = Callable[[int, int, str], None]
 
@@ -80,6 +86,8 @@ class Comparison:
         fidelity: The sparse clip against the dense one.
         dense_seconds, sparse_seconds: Wall time of each.
         dense, sparse: The clips, (frames, 3, height, width) in [-1, 1] on the CPU; None once dropped.
+        more: Metrics beyond those of `fidelity`, by name.
+        sheets: The dense clip, the sparse one and their difference as a report draws them, if they were kept.
     """
 
     prompt: str
@@ -89,6 +97,8 @@ class Comparison:
     sparse_seconds: float
     dense: Tensor | None = None
     sparse: Tensor | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
+    sheets: tuple[Any, ...] = ()
 
     @property
     def speed_up(self) -> float:
@@ -101,7 +111,12 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """One JSON record: prompt, seed, metrics and seconds."""
         seconds = {"dense_seconds": self.dense_seconds, "sparse_seconds": self.sparse_seconds}
-        return {"prompt": self.prompt, "seed": self.seed, **self.fidelity.to_dict(), **seconds}
+        return {"prompt": self.prompt, "seed": self.seed, **self.fidelity.to_dict(), **self.more, **seconds}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All metrics by name; the PSNR of identical clips is infinite."""
+        return {name: getattr(self.fidelity, name) for name in LIMITS} | dict(self.more)
 
 
 def compare(dense: Tensor, sparse: Tensor) -> Fidelity:
@@ -175,10 +190,36 @@ def summarise(values: Iterable[float], *, limits: tuple[float, float] = (-math.i
     )
 
 
-def summarise_metrics(fidelities: Sequence[Fidelity]) -> dict[str, Summary]:
-    """Summarise PSNR, SSIM and cosine over clips, by name."""
-    columns = {metric: [getattr(fidelity, metric) for fidelity in fidelities] for metric in LIMITS}
-    return {metric: summarise(values, limits=LIMITS[metric]) for metric, values in columns.items()}
+def summarise_pairs(pairs: Sequence[Comparison]) -> dict[str, Summary]:
+    """Summarise every metric that all pairs have, by name."""
+    names = [name for name in pairs[0].metrics if all(name in pair.metrics for pair in pairs)]
+    columns = {name: [pair.metrics[name] for pair in pairs] for name in names}
+    limits = FURTHER_LIMITS | LIMITS
+    return {name: summarise(each, limits=limits.get(name, (-math.inf, math.inf))) for name, each in columns.items()}
+
+
+def paired_differences(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], metrics: Iterable[str]
+) -> dict[str, Summary]:
+    """Summarise by how much our clips' metrics exceed those of another evaluation, pair by pair.
+
+    Args:
+        ours, theirs: Records of clips; those with the same prompt and seed are one pair, others are left out. Identical
+            clips have no PSNR and are left out of it.
+        metrics: Names of what is compared; those that one side lacks are left out.
+
+    Raises:
+        ValueError: If no clip is in both.
+    """
+    others = {(each["prompt"], each["seed"]): each for each in theirs}
+    both = [(each, others[key]) for each in ours if (key := (each["prompt"], each["seed"])) in others]
+    if not both:
+        raise ValueError("two evaluations must share prompts and seeds to be compared; these share none")
+    columns = {
+        name: [one[name] - other[name] for one, other in both if None not in (one.get(name), other.get(name))]
+        for name in metrics
+    }
+    return {name: summarise(values) for name, values in columns.items() if values}
 
 
 def evaluate(
@@ -189,6 +230,8 @@ def evaluate(
     dense: Toggle,
     progress: Progress | None = None,
     warm_up: bool = False,
+    measures: Sequence[Measure] = (),
+    latents: Callable[[], Tensor | None] = lambda: None,
 ) -> Iterator[Comparison]:
     """Make every prompt with every seed twice, sparse and dense, and compare; yields as it goes.
 
@@ -201,6 +244,9 @@ def evaluate(
         dense: Makes a context manager inside which `generate` runs dense, such as `partial(paroattn.dense, pipe)`.
         progress: Called as (clips made, clips in all, what is being made).
         warm_up: Make the first pair once beforehand, untimed.
+        measures: Metrics beyond PSNR, SSIM and cosine: each takes the prompt, the dense and the sparse clip, and
+            returns values by name.
+        latents: Gives the latents of the clip that was made last, if there are any; their cosine is measured too.
 
     Raises:
         TypeError: If `prompts` is one string.
@@ -211,12 +257,13 @@ def evaluate(
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     if not pairs:
         raise ValueError(f"there must be prompts and seeds; got {len(prompts)} prompts and {len(seeds)} seeds")
-    return _evaluate(generate, pairs, dense, progress or (lambda *_: None), warm_up)
+    return _evaluate(generate, pairs, dense, progress or (lambda *_: None), warm_up, measures, latents)
 
 
 def _evaluate(
-    generate: Generate, pairs: Sequence[tuple[str, int]], dense: Toggle, progress: Progress, warm_up: bool
-) -> Iterator[Comparison]:
+    generate: Generate, pairs: Sequence[tuple[str, int]], dense: Toggle, progress: Progress, warm_up: bool,
+    measures: Sequence[Measure], latents: Callable[[], Tensor | None],
+) -> Iterator[Comparison]:  # fmt: skip
     total = 2 * len(pairs)
     if warm_up:
         progress(0, total, "warm-up")
@@ -226,11 +273,37 @@ def _evaluate(
         progress(2 * index, total, f"sparse: {prompt}")
         sparse_clip, sparse_seconds = _timed(generate, prompt, seed, nullcontext)
         check_frames(sparse_clip, "the sparse clip")
+        sparse_latents = latents()
         progress(2 * index + 1, total, f"dense: {prompt}")
         dense_clip, dense_seconds = _timed(generate, prompt, seed, dense)
-        fidelity = compare(dense_clip, sparse_clip)
-        yield Comparison(prompt, seed, fidelity, dense_seconds, sparse_seconds, dense_clip, sparse_clip)
+        fidelity, more = compare(dense_clip, sparse_clip), _latents_cosine(latents(), sparse_latents)
+        for measure in (ms_ssim, *measures):
+            more |= measure(prompt, dense_clip, sparse_clip)
+        yield Comparison(prompt, seed, fidelity, dense_seconds, sparse_seconds, dense_clip, sparse_clip, more)
     progress(total, total, "done")
+
+
+def ms_ssim(prompt: str, dense: Tensor, sparse: Tensor) -> dict[str, float]:
+    """Mean MS-SSIM of the frames (five scales, window and σ as for SSIM), for frames of 176 pixels or more.
+
+    Source:
+        Wang, Simoncelli and Bovik, Multi-scale structural similarity for image quality assessment, 2003.
+    """
+    if min(dense.shape[2:]) < SMALLEST_FOR_SCALES:
+        return {}
+    found = []
+    for pair in zip(dense, sparse, strict=True):
+        one, other = (frame.float().clamp(-1, 1)[None] for frame in pair)
+        found.append(multiscale_structural_similarity_index_measure(one, other, data_range=DATA_RANGE))
+    return {"ms_ssim": sum(float(each) for each in found) / len(found)}
+
+
+def _latents_cosine(dense: Tensor | None, sparse: Tensor | None) -> dict[str, float]:
+    """Cosine of two clips' latents, if there are any."""
+    if dense is None or sparse is None or dense.shape != sparse.shape:
+        return {}
+    one, other = dense.double().flatten(), sparse.double().flatten()
+    return {"latents_cosine": _cosine(*(float(x @ y) for x, y in ((one, other), (one, one), (other, other))))}
 
 
 def _timed(generate: Generate, prompt: str, seed: int, toggle: Toggle) -> tuple[Tensor, float]:

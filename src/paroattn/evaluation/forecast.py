@@ -1,206 +1,195 @@
-"""How much faster a model can become on this machine: its published sizes, and one layer of it timed here.
+"""How much faster a model can become on this machine: the cost model, with the rates of this GPU.
 
-A layer is timed in two parts: its attention, dense and by block masks, and everything around it (projections, norms,
-rotary embedding, feed-forward) as plain PyTorch modules of the model's widths with random weights. No model is loaded.
+Where the GPU's rates are packaged, attention alone is timed here. On another GPU the rates are those of the first one
+that is packaged, scaled by what dense attention, one matrix product and one copy take here. No model is loaded.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..block_mask import BlockMask, blocks_of
-from ..grid import ORDERS, Grid, Layout, TextSpan
+from ..grid import ORDERS, Layout
 from ..kernels.attention import attention
+from ..plan.cost import MODES, Call, Kernel, Kind, Rates, formats_of, gpus, kept_blocks, launching, rates_of
+from ..plan.workloads import Workload
 
-NO_TEXT = TextSpan()
 LEAST_ROUNDS = 3
 ENOUGH = 0.5
 """Seconds of measuring after which a call is not repeated."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The published sizes of a transformer and what it is run at.
-
-    Attributes:
-        heads, head_dim: Of its self-attention; width is their product.
-        layers: Self-attention layers of all kinds.
-        sizes: Frames, height and width in pixels, by name.
-        stride: Pixels of a token: frames (the first frame stands alone), height, width.
-        feed_forward: Weights of the feed-forward network of a layer, in squares of the width.
-        cross: Weights per video token of the cross-attention, in squares of the width.
-        text: Prompt tokens in the same sequence.
-    """
-
-    heads: int
-    head_dim: int
-    layers: int
-    sizes: Mapping[str, tuple[int, int, int]]
-    stride: tuple[int, int, int]
-    feed_forward: float = 8.0
-    cross: float = 0.0
-    text: TextSpan = NO_TEXT
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.head_dim
-
-    def layout(self, size: str) -> Layout:
-        """The sequence at a size.
-
-        Raises:
-            ValueError: If the size is neither known nor FRAMESxHEIGHTxWIDTH in pixels.
-        """
-        if size in self.sizes:
-            frames, height, width = self.sizes[size]
-        else:
-            try:
-                frames, height, width = Grid.parse(size)
-            except ValueError:
-                known = ", ".join(self.sizes)
-                raise ValueError(
-                    f"size must be {known} or FRAMESxHEIGHTxWIDTH in pixels, such as 81x480x832; got {size!r}"
-                ) from None
-        latent = ((frames - 1) // self.stride[0] + 1, height // self.stride[1], width // self.stride[2])
-        if min(latent) < 1:
-            raise ValueError(f"size must be at least {self.stride[1]}x{self.stride[2]} pixels; got {size}")
-        return Layout(Grid(*latent), self.text)
-
-    def flops(self, size: str) -> tuple[float, float]:
-        """FLOPs of one layer's dense self-attention, and of the matrix products around it."""
-        tokens = self.layout(size).tokens
-        weights = (4 + self.cross + self.feed_forward) * self.width**2
-        return 4.0 * tokens**2 * self.width, 2.0 * tokens * weights
-
-
-def _image(side: int = 1024) -> dict[str, tuple[int, int, int]]:
-    return {str(side): (1, side, side), "2048": (1, 2048, 2048)}
-
-
-_WAN = {"480p": (81, 480, 832), "720p": (81, 720, 1280)}
-WORKLOADS: dict[str, Workload] = {
-    "wan-1.3b": Workload(12, 128, 30, _WAN, (4, 16, 16), feed_forward=2 * 8960 / 1536, cross=2),
-    "wan-14b": Workload(40, 128, 40, _WAN, (4, 16, 16), feed_forward=2 * 13824 / 5120, cross=2),
-    "wan2.2-5b": Workload(24, 128, 30, {"720p": (121, 704, 1280)}, (4, 32, 32), feed_forward=2 * 14336 / 3072, cross=2),
-    "cogvideox-2b": Workload(30, 64, 30, {"480p": (49, 480, 720)}, (4, 16, 16), text=TextSpan(226, "prefix")),
-    "cogvideox-5b": Workload(48, 64, 42, {"480p": (49, 480, 720)}, (4, 16, 16), text=TextSpan(226, "prefix")),
-    "cogvideox1.5-5b": Workload(48, 64, 42, {"768p": (81, 768, 1360)}, (8, 16, 16), text=TextSpan(226, "prefix")),
-    "hunyuanvideo": Workload(
-        24, 128, 60, {"544p": (129, 544, 960), "720p": (129, 720, 1280)}, (4, 16, 16), text=TextSpan(256, "suffix")
-    ),
-    "hunyuanvideo-1.5": Workload(
-        16, 128, 54, {"480p": (121, 480, 848), "720p": (121, 720, 1280)}, (4, 16, 16), text=TextSpan(1985, "suffix")
-    ),
-    "ltx-video": Workload(32, 64, 28, {"512p": (161, 512, 704)}, (8, 32, 32), cross=2),
-    "ltx-2": Workload(32, 128, 48, {"512p": (121, 512, 768)}, (8, 32, 32), cross=2),
-    "mochi": Workload(24, 128, 48, {"480p": (163, 480, 848)}, (6, 16, 16), text=TextSpan(256, "suffix")),
-    "flux": Workload(24, 128, 57, _image(), (1, 16, 16), text=TextSpan(512, "prefix")),
-    "flux2": Workload(48, 128, 56, _image(), (1, 16, 16), feed_forward=9, text=TextSpan(512, "prefix")),
-    "qwen-image": Workload(24, 128, 60, _image(), (1, 16, 16), text=TextSpan(256, "prefix")),
-    "sd3.5-large": Workload(38, 64, 38, _image(), (1, 16, 16), text=TextSpan(333, "suffix")),
-}
-"""From the models' published configurations. Two-expert models are those of one expert."""
-
-
-def workload(name: str) -> Workload:
-    """Look a model up.
-
-    Raises:
-        ValueError: If it is not known; the message lists those that are.
-    """
-    if name not in WORKLOADS:
-        raise ValueError(f"model must be one of {', '.join(WORKLOADS)}; got {name!r}")
-    return WORKLOADS[name]
+COPIED = 2**26
+"""Elements of the copy that is timed."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What was timed, and what follows from it.
+    """What the cost model says of one forward of a model.
 
     Attributes:
+        model: Its sizes.
+        gpu: Whose rates.
         tokens: Of the sequence, text included.
         density: As executed, dense text included.
-        around_ms: Everything in a layer but its self-attention.
-        dense_ms: Dense self-attention in PyTorch, cuDNN's where it is faster.
-        sparse_ms: Self-attention by block masks, whole call, by precision.
+        dense_ms: Dense self-attention of one layer, of the whole batch.
+        sparse_ms: The same by block masks, whole call, by precision.
+        around_ms: Everything in a layer but its self-attention, by mode.
+        least_ms: What launching a layer takes, by mode, where that is known to matter.
     """
 
+    model: Workload
+    gpu: str
     tokens: int
     density: float
-    around_ms: float
     dense_ms: float
     sparse_ms: Mapping[str, float]
+    around_ms: Mapping[str, float]
+    least_ms: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def attention_share(self) -> float:
-        """Share of a dense layer's time that is self-attention."""
-        return self.dense_ms / (self.dense_ms + self.around_ms)
+    def attention_share(self, mode: str) -> float:
+        """Share of a dense forward that is self-attention."""
+        return self.dense_ms / (self.dense_ms + self.around_ms[mode])
 
-    def speed_up(self, precision: str) -> float:
-        """Of the transformer as a whole, dense time over sparse time."""
-        return (self.dense_ms + self.around_ms) / (self.sparse_ms[precision] + self.around_ms)
+    def forward_ms(self, precision: str | None, mode: str) -> float:
+        """One forward of the transformer; no precision is dense."""
+        inside = self.dense_ms if precision is None else self.sparse_ms[precision]
+        return self.model.layers * max(inside + self.around_ms[mode], self.least_ms.get(mode, 0.0))
+
+    def speed_up(self, precision: str, mode: str) -> float:
+        """Of one forward, dense time over sparse time."""
+        return self.forward_ms(None, mode) / self.forward_ms(precision, mode)
 
     def to_dict(self) -> dict[str, Any]:
         rows = {
-            name: {"ms": ms, "attention_speed_up": self.dense_ms / ms, "transformer_speed_up": self.speed_up(name)}
+            name: {
+                "ms": ms,
+                "attention_speed_up": self.dense_ms / ms,
+                "forward_ms": {mode: self.forward_ms(name, mode) for mode in self.around_ms},
+                "forward_speed_up": {mode: self.speed_up(name, mode) for mode in self.around_ms},
+            }
             for name, ms in self.sparse_ms.items()
         }
-        plain = {name: getattr(self, name) for name in ("tokens", "density", "around_ms", "dense_ms")}
-        return plain | {"attention_share": self.attention_share, "sparse": rows}
+        plain = {name: getattr(self, name) for name in ("gpu", "tokens", "density", "dense_ms")}
+        modes = {
+            "around_ms": dict(self.around_ms),
+            "attention_share": {mode: self.attention_share(mode) for mode in self.around_ms},
+            "forward_ms": {mode: self.forward_ms(None, mode) for mode in self.around_ms},
+        }
+        return plain | {"batch": self.model.batch} | modes | {"sparse": rows}
+
+
+def predict(
+    rates: Rates,
+    model: Workload,
+    size: str,
+    density: float,
+    precisions: Sequence[str],
+    *,
+    block: tuple[int, int] = (64, 64),
+    fp8_linears: bool = False,
+) -> Forecast:
+    """Predict one forward of a model, with the batch of its own pipeline.
+
+    Args:
+        rates: Of the GPU.
+        model: The model's sizes.
+        size: One of its sizes, or FRAMESxHEIGHTxWIDTH in pixels.
+        density: Kept video blocks over all, in every head alike.
+        precisions: Precisions of attention.
+        block: Tokens of a query block and of a key block.
+        fp8_linears: Whether weights and activations of the linear layers are FP8.
+
+    Raises:
+        ValueError: If the density or the size is out of range, or no such kernel was measured.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1; got {density}")
+    layout = model.layout(size)
+    call = Call(layout.tokens, model.heads, model.head_dim, model.batch)
+    kept = kept_blocks(layout, block, [density] * model.heads)
+    blocks = blocks_of(layout.tokens, block[0]) * blocks_of(layout.tokens, block[1])
+    return Forecast(
+        model, rates.gpu, layout.tokens, sum(kept) / (blocks * model.heads), rates.dense_ms(call),
+        {each: rates.sparse_ms(call, kept, block, each) for each in precisions},
+        {mode: rates.around_ms(model, layout.tokens, model.batch, mode=mode, fp8_linears=fp8_linears)
+         for mode in MODES},
+        {mode: rates.launching_ms.get(launching(mode, fp8_linears), 0.0) for mode in MODES},
+    )  # fmt: skip
 
 
 def forecast(
     model: Workload,
     size: str,
     density: float,
-    precisions: tuple[str, ...],
+    precisions: Sequence[str],
     *,
     block: tuple[int, int] = (64, 64),
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Forecast:
-    """Time one layer of a model here.
-
-    Masks are random, the same density in every head; q, k and v are random too. Real masks of uneven heads take about
-    as long, since heads are launched densest first.
+    """Predict one forward of a model on this machine.
 
     Args:
-        model: The model's sizes.
-        size: One of its sizes, or FRAMESxHEIGHTxWIDTH in pixels.
-        density: Kept video blocks over all.
-        precisions: Precisions to time.
-        block: Tokens of a query block and of a key block.
+        model, size, density, precisions, block: As in `predict`.
         device: Where.
         dtype: Of q, k, v and the weights.
 
     Raises:
         ValueError: If the density or the size is out of range.
-        torch.OutOfMemoryError: If the model's sequence does not fit here.
+        torch.OutOfMemoryError: If one self-attention of the model does not fit here.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1; got {density}")
     with torch.no_grad():
-        executed, dense_ms, sparse_ms = _time_attention(
-            model, model.layout(size), density, precisions, block, device, dtype
-        )
-        around = _Around(model).to(device, dtype)
-        x = torch.randn(model.layout(size).tokens, model.width, device=device, dtype=dtype)
-        around_ms = milliseconds(lambda: around(x), device)
-    return Forecast(len(x), executed, around_ms, dense_ms, sparse_ms)
+        rates = rates_here(model, model.layout(size), density, precisions, block, torch.device(device), dtype)
+    return predict(rates, model, size, density, precisions, block=block)
+
+
+def rates_here(
+    model: Workload, layout: Layout, density: float, precisions: Sequence[str], block: tuple[int, int],
+    device: torch.device, dtype: torch.dtype,
+) -> Rates:  # fmt: skip
+    """The rates of this machine, of attention as it is measured at one size, with random q, k, v and masks."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    base = rates_of(gpu if gpu in gpus() else gpus()[0])
+    dense_ms, sparse_ms = _time_attention(model, layout, density, precisions, block, device, dtype)
+    call = Call(layout.tokens, model.heads, model.head_dim)
+    memory = linear = 1.0
+    if gpu != base.gpu:
+        linear, memory = _time_matrices(model, layout.tokens, base, device, dtype)
+    rates = base.scaled(gpu, dense=dense_ms / base.dense_ms(call), linear=linear, memory=memory)
+    kept = sum(kept_blocks(layout, block, [density] * model.heads))
+    kernels: dict[Kind, Kernel] = {}
+    for name, ms in sparse_ms.items():
+        alone = max(ms - rates.preparing_ms(call, name), ms / 10)
+        kernels[model.head_dim, formats_of(name), block] = Kernel(0.0, 0.0, alone * 1e6 / kept)
+    return rates.scaled(gpu, kernels=kernels)
+
+
+def _time_matrices(
+    model: Workload, tokens: int, base: Rates, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Times of a matrix product and of a copy over those of the base's GPU."""
+    width = model.width
+    x, weights = (torch.randn(rows, width, device=device, dtype=dtype) for rows in (tokens, width))
+    product = milliseconds(lambda: F.linear(x, weights), device)
+    source = torch.zeros(min(COPIED, tokens * width), device=device, dtype=dtype)
+    copied = milliseconds(source.clone, device)
+    flops = 2.0 * tokens * width**2
+    return product * base.linear_tflops["bf16"] * 1e9 / flops, copied / base.copy_ms(2 * source.nbytes)
 
 
 def _time_attention(
     model: Workload, layout: Layout, density: float, precisions: Sequence[str], block: tuple[int, int],
-    device: torch.device | str, dtype: torch.dtype,
-) -> tuple[float, float, dict[str, float]]:  # fmt: skip
-    """Executed density, and milliseconds of dense attention and of that by block masks in each precision."""
+    device: torch.device, dtype: torch.dtype,
+) -> tuple[float, dict[str, float]]:  # fmt: skip
+    """Milliseconds of dense attention, and of that by block masks in each precision, with batch 1."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, layout.tokens, model.heads, model.head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
@@ -215,7 +204,7 @@ def _time_attention(
         return lambda: attention(q, k, v, mask, **settings, precision=precision)
 
     dense_ms = _dense_milliseconds([x.transpose(1, 2) for x in (q, k, v)], device)
-    return mask.density, dense_ms, {each: milliseconds(sparse(each), device) for each in precisions}
+    return dense_ms, {each: milliseconds(sparse(each), device) for each in precisions}
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device | str) -> float:
@@ -247,31 +236,6 @@ def _dense_milliseconds(heads_first: Sequence[Tensor], device: torch.device | st
         except RuntimeError:  # no cuDNN attention for this GPU or dtype
             pass
     return min(times)
-
-
-class _Around(nn.Module):
-    """A layer without its attention: modulation, norms, projections, rotary embedding and feed-forward."""
-
-    def __init__(self, model: Workload):
-        super().__init__()
-        width, self.head_dim = model.width, model.head_dim
-        hidden = max(8, round(model.feed_forward * width / 2))
-        self.projections = nn.ModuleList(nn.Linear(width, width) for _ in range(4 + round(model.cross)))
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value, out, *cross = self.projections
-        normed = F.layer_norm(x, x.shape[-1:]) * 1.1 + 0.1
-        q, k = self._rotated(self.norms[0](query(normed))), self._rotated(self.norms[1](key(normed)))
-        x = x + out(value(normed) + q + k) * 0.5  # stands for what attention returns
-        for projection in cross:
-            x = x + projection(F.layer_norm(x, x.shape[-1:]))
-        return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:]) * 1.1 + 0.1), approximate="tanh")) * 0.5
-
-    def _rotated(self, x: Tensor) -> Tensor:
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * 0.8 - odd * 0.6, even * 0.6 + odd * 0.8), -1).flatten(-2)
 
 
 def _random_mask(layout: Layout, heads: int, density: float, block: tuple[int, int]) -> BlockMask:

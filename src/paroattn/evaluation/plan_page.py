@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..grid import ORDERS, TILES
+from ..plan.curve import curve_of
 from ..plan.plan import TransformerPlan
+from .curve_page import curve_section
 from .markup import Markup, details, join, section, table, tag, write_page
 from .pictures import colour_of, mask_picture, png
 from .video import check_file, data_uri, replacing
@@ -39,7 +41,9 @@ def write_plan(
     """
     path = check_file(path)
     header = tag("header", tag("h1", title), *(tag("p", _described(part)) for part in plan.values()))
-    return write_page(path, title, [header, _of_each(plan, (_orders, _densities, partial(_masks, phase=phase)))])
+    return write_page(
+        path, title, [header, _of_each(plan, (_curve, _orders, _densities, partial(_masks, phase=phase)))]
+    )
 
 
 def write_plan_picture(plan: Mapping[str, TransformerPlan], path: str | os.PathLike, *, phase: int = 0) -> Path:
@@ -98,8 +102,8 @@ def draw_plan(plan: TransformerPlan, *, phase: int = 0) -> Image.Image:
 
 
 def plan_sections(plan: Mapping[str, TransformerPlan]) -> Markup:
-    """Orders, densities and folded masks of every component."""
-    return _of_each(plan, (_orders, _densities, _masks_folded))
+    """The curve where it is known, orders, densities and folded masks of every component."""
+    return _of_each(plan, (_curve, _orders, _densities, _masks_folded))
 
 
 _PlanSection = Callable[[TransformerPlan, str], Markup]
@@ -109,6 +113,12 @@ def _of_each(plan: Mapping[str, TransformerPlan], draws: Sequence[_PlanSection])
     """Sections for every component, named after it where there are several."""
     several = len(plan) > 1
     return join(draw(part, f" – {name}" if several else "") for name, part in plan.items() for draw in draws)
+
+
+def _curve(plan: TransformerPlan, of: str) -> Markup:
+    """Empty where the plan does not hold its curve."""
+    curve = curve_of(plan.made)
+    return join([]) if curve is None else curve_section(curve, of)
 
 
 def _orders(plan: TransformerPlan, of: str) -> Markup:

@@ -16,8 +16,8 @@ import torch
 from .. import __version__
 from ..grid import ORDERS
 from ..plan.plan import TransformerPlan
-from .clip_sections import clips_section, fidelity_section
-from .fidelity import Comparison, summarise
+from .clip_sections import clips_section, differences_section, fidelity_section
+from .fidelity import Comparison, Summary, summarise
 from .maps import AttentionMap, maps_section
 from .markup import Markup, join, section, table, tag, terms, write_page
 from .plan_page import plan_sections
@@ -40,6 +40,9 @@ class ReportData:
         execution: What ran: `{"layers": rows}`, each with "layer", "phase" (None for all), "density" or
             "density_executed", and "sparse_calls" and "dense_calls" as numbers or as numbers by reason.
         timings: Seconds by what took them; clips are added by themselves.
+        differences: By how much the metrics exceed those of another evaluation, pair by pair.
+        against: Name of that one.
+        over_all: Metrics over all clips together, by name, such as FVD.
         note: How this plan was made, and how that differs from a shipped one; a blank line starts a paragraph.
         command: The command that makes this report again.
         versions: Versions, device and date, such as `environment()`.
@@ -53,6 +56,9 @@ class ReportData:
     maps: Sequence[AttentionMap] = ()
     execution: Mapping[str, Any] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
+    differences: Mapping[str, Summary] = field(default_factory=dict)
+    against: str = ""
+    over_all: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -160,6 +166,13 @@ def _calls(rows: Iterable[Mapping[str, Any]], kind: str) -> int:
     return sum(sum(count.values()) if isinstance(count, Mapping) else count for count in counts)
 
 
+def _over_all(found: Mapping[str, float]) -> Markup:
+    if not found:
+        return Markup()
+    rows = [(name, f"{value:.4f}") for name, value in found.items()]
+    return section("All clips together", "", table(("metric", "value"), rows, caption="Over all clips at once"))
+
+
 def _run(report: ReportData) -> Markup:
     seconds = dict(report.timings)
     if report.clips:
@@ -187,6 +200,8 @@ _REPORT = (
     _header,
     lambda report: clips_section(report.clips, report.fps),
     lambda report: fidelity_section(report.clips),
+    lambda report: differences_section(report.differences, report.against),
+    lambda report: _over_all(report.over_all),
     lambda report: maps_section(report.maps),
     lambda report: plan_sections(report.plan),
     _execution,

@@ -109,6 +109,11 @@ def write_clip(frames: Tensor, path: str | os.PathLike, *, fps: float = DEFAULT_
     path = check_clip_path(path)
     check_frames(frames, "a clip")
     pixels = _enlarged(to_pixels(frames), scale or -(-SHORTEST_SIDE // min(*frames.shape[2:], SHORTEST_SIDE)))
+    return write_pixels(pixels, path, fps=fps)
+
+
+def write_pixels(pixels: np.ndarray, path: Path, *, fps: float = DEFAULT_FPS) -> Path:
+    """Write uint8 pixels (F, H, W, 3) as they are; otherwise as `write_clip`."""
     with replacing(path) as target:
         _WRITERS[path.suffix.lower()](pixels, target, fps)
     return path

@@ -14,6 +14,7 @@ from ..precision import Precision
 from .backend import Call, Observer
 from .hook import PlanHook, hook_of
 from .models import head_size, self_attentions
+from .ranks import ranks_of
 from .report import Report, describe
 
 
@@ -24,6 +25,7 @@ def apply(
     strict: bool = True,
     precision: str | Precision | None = None,
     impl: str = "auto",
+    even_if_slower: bool = False,
 ) -> None:
     """Run a model's self-attentions by a plan, until `remove`.
 
@@ -34,21 +36,33 @@ def apply(
             warning and a line in the report.
         precision: Instead of the plan's, for all heads.
         impl: Which implementation runs, see `paroattn.attention`.
+        even_if_slower: Follow the plan in layers too that dense attention is predicted to serve faster on this GPU.
+            By default these run dense, with a warning and their reason in the report. Only GPUs whose times are known
+            predict anything, and an `impl` that is named runs in any case.
 
     Raises:
         PlanError: If the plan does not fit the model; the model is unchanged.
-        ValueError: If the model is unknown, split over devices, or carries a plan already; or if a setting is unknown.
+        ValueError: If the model is unknown, split other than with Ulysses, or carries a plan already; or if a setting
+            is unknown.
         TypeError: If target or plan are of another kind.
     """
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    transformers, pipeline = _transformers(target)
+    transformers, pipeline = targets_of(target)
     plans = _plans(transformers, pipeline, plan, strict)
-    settings: dict[str, Any] = {"strict": strict, "precision": precision and Precision.parse(precision), "impl": impl}
+    settings: dict[str, Any] = {
+        "strict": strict,
+        "precision": precision and Precision.parse(precision),
+        "impl": impl,
+        "even_if_slower": even_if_slower,
+    }
     for name, part in plans.items():
         _check_free(transformers[name])
         sizes = {layer: head_size(attn) for layer, attn in self_attentions(transformers[name]).items()}
         part.check_fits(type(transformers[name]).__name__, sizes, own_config(transformers[name]))
+        ranks = ranks_of(transformers[name])
+        if ranks is not None:
+            ranks.check_heads(part.heads)
     hooks = {name: PlanHook(transformers[name], pipeline, part, **settings) for name, part in plans.items()}
     for name, hook in hooks.items():
         hook.install(transformers[name])
@@ -58,9 +72,16 @@ def remove(target: Any) -> None:
     """Undo `apply`: the original processors come back and nothing else stays.
 
     Raises:
-        ValueError: If no plan is applied.
+        ValueError: If no plan is applied, or the model is split in a way that its own attention does not know.
     """
-    for transformer, hook in _applied(target).values():
+    applied = _applied(target).values()
+    for transformer, _ in applied:
+        if ranks_of(transformer) is not None and getattr(transformer, "_cp_plan", None) is None:
+            raise ValueError(
+                f"the own attention of a {type(transformer).__name__} needs whole sequences; this one is split. Use "
+                "paroattn.dense, or load it again."
+            )
+    for transformer, hook in applied:
         hook.uninstall(transformer)
 
 
@@ -96,12 +117,17 @@ def recording(target: Any, observer: Callable[..., None], *, transformer: nn.Mod
     Raises:
         ValueError: If the model is unknown, split over devices, or carries a plan already.
     """
-    found, pipeline = _transformers(target)
+    found, pipeline = targets_of(target)
     watched = [each for each in found.values() if transformer is None or unwrapped(transformer) is each]
     if not watched:
         raise ValueError(f"the transformer to watch must be the pipeline's {' or '.join(found)}; got another one")
     for each in watched:
         _check_free(each)
+        if ranks_of(each) is not None:
+            raise ValueError(
+                "what layers see is recorded of whole models; this one is split by enable_parallelism. Load it "
+                "without, and give every process other prompts."
+            )
     hooks = [PlanHook(each, pipeline, observer=_observing(each, observer)) for each in watched]
     for each, hook in zip(watched, hooks, strict=True):
         hook.install(each)
@@ -145,7 +171,7 @@ def _observing(transformer: nn.Module, observer: Callable[..., None]) -> Observe
     return observe
 
 
-def _transformers(target: Any) -> tuple[dict[str, nn.Module], Any]:
+def targets_of(target: Any) -> tuple[dict[str, nn.Module], Any]:
     """Transformers by component name, and the pipeline they came in."""
     pipeline = None if isinstance(target, nn.Module) else target
     found = {name: getattr(target, name, None) for name in COMPONENTS} if pipeline else {COMPONENTS[0]: target}
@@ -193,15 +219,10 @@ def _check_free(transformer: nn.Module) -> None:
     if hook is not None:
         state = "is being recorded" if hook.plan is None else "has a plan applied"
         raise ValueError(f"the transformer must carry no plan; this one {state}. Call paroattn.remove first.")
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise ValueError(
-            "the transformer must be whole on one device; this one is split by enable_parallelism. Load it without, "
-            "and run other prompts on the other devices."
-        )
 
 
 def _applied(target: Any, recording: bool = False) -> dict[str, tuple[nn.Module, PlanHook]]:
-    hooks = {name: (transformer, hook_of(transformer)) for name, transformer in _transformers(target)[0].items()}
+    hooks = {name: (transformer, hook_of(transformer)) for name, transformer in targets_of(target)[0].items()}
     found = {name: (module, hook) for name, (module, hook) in hooks.items() if hook and (hook.plan or recording)}
     if not found:
         raise ValueError("a plan must be applied; this model carries none. Call paroattn.apply first.")

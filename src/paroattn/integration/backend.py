@@ -7,7 +7,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import diffusers
@@ -19,8 +19,12 @@ from torch import Tensor
 from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
 from ..kernels.attention import attention, what_runs
+from ..kernels.presence import attention_with_presence
+from ..kernels.resident import ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
+from .exchange import to_heads, to_tokens
+from .ranks import Ranks
 
 NAME = "paro"
 NATIVE = attention_dispatch.AttentionBackendName.NATIVE
@@ -41,6 +45,8 @@ class Call:
         dense: Why the call runs dense.
         observer: Called as observer(layer name, attention module, q, k, v, layout, call) before each attention, without
             the padding of its text: batch elements with different numbers of real tokens come one after another.
+        presence: If given, the call can be differentiated, and the backward pass calls presence(layer name, phase,
+            sums) with the effect of every block's presence on the loss, (B, H, Nq, Nk), text included.
     """
 
     layout: Layout | None
@@ -49,6 +55,7 @@ class Call:
     phase: int | None = None
     dense: str | None = None
     observer: Observer | None = None
+    presence: Callable[[str, int, Tensor], None] | None = None
 
 
 class Owner(Protocol):
@@ -57,6 +64,7 @@ class Owner(Protocol):
     call: Call | None
     precision: Precision | str | None
     impl: str
+    ranks: Ranks | None
 
     def fall_back(self, reason: str, remedy: str) -> str: ...
 
@@ -65,19 +73,25 @@ class Owner(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What a layer hands to the operation besides q, k and v.
+    """What a layer hands to the operation besides q, k and v; of several ranks, each those of its own heads.
 
     Attributes:
         mask: Kept blocks of the whole sequence.
         table: Gather tables of the plan's orders, shared by all layers.
         order: Row of `table` for each head, (H,).
         precision: One name if all heads agree, else one per head.
+        heads: Heads of every rank, (ranks, heads of each); None for one process, as `places`.
+        sizes: Tokens of every rank.
+        places: Where the model's positions lie after the exchange, (tokens,).
     """
 
     mask: BlockMask
     table: Tensor
     order: Tensor
     precision: Precision | str | tuple[str, ...]
+    heads: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    places: Tensor | None = None
 
 
 class Layer:
@@ -90,6 +104,8 @@ class Layer:
         video_only: It sees the video without the text.
         padding_last: Padded text always stands behind the real tokens.
         operands: For the running call.
+        faster_dense: Dense attention is predicted to serve it faster. Compiled code looks at this, but not at why.
+        why_dense: In words; empty if it is not.
         ran: What ran the layer, by phase, such as "triton".
         sparse_calls: By phase and number of text tokens.
         dense_calls: By reason. Neither counts calls inside torch.compile.
@@ -113,39 +129,81 @@ class Layer:
         self.sparse_calls: Counter[tuple[int, int]] = Counter()
         self.dense_calls: Counter[str] = Counter()
         self.operands: Operands | None = None
+        self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
-        self._known: dict[Any, Operands] = {}
+        self._known: dict[tuple[TextSpan, torch.device], tuple[ResidentMask, Operands]] = {}
 
     def sees(self, layout: Layout) -> Layout:
         """The part of a call's sequence that reaches this layer."""
         return Layout(layout.grid) if self.video_only else layout
 
     def follow(self, phase: int, layout: Layout, device: torch.device) -> Operands:
-        """Set `operands` to those of a phase on a device; they are kept until another phase is followed."""
+        """Set `operands` to those of a phase on a device; the masks of one phase at a time are there."""
         assert self.plan is not None and self.order is not None
         layout = self.sees(layout)
-        key = (phase, layout.text, device)
+        key = (layout.text, device)
         if key not in self._known:
-            if len(self._known) >= LAYOUTS_KEPT or any(known != phase for known, *_ in self._known):
+            if len(self._known) >= LAYOUTS_KEPT:
                 self._known.clear()
-            mask = self.plan.mask[phase].with_text(layout.grid.tokens, layout.text.tokens).to(device)
-            if device.type == "cuda" or self.owner.impl == "triton":
-                _ = mask.launch_order
-            table = self.owner.table(layout, device)
-            self._known[key] = Operands(mask, table, self.order.to(device), self.precision(phase))
-        self.operands, self._followed = self._known[key], (phase, layout)
-        return self.operands
+            self._known[key] = self._first(phase, layout, device)
+        resident, operands = self._known[key]
+        mask = resident.follow(phase)
+        if operands.mask is not mask:
+            changed = {"mask": mask, "precision": self.precision(phase)} | self._dealt(phase, layout, device)
+            operands = replace(operands, **changed)
+            self._known[key] = resident, operands
+        self.operands, self._followed = operands, (phase, layout)
+        return operands
 
     def operands_on(self, device: torch.device) -> Operands:
         """`operands` where q, k and v are: elsewhere than expected if they moved on their way to the layer."""
         assert self.operands is not None
         return self.operands if self.operands.order.device == device else self.follow(*self._followed, device)
 
+    def forget(self) -> None:
+        """Drop what was made for other ranks."""
+        self._known.clear()
+
     def precision(self, phase: int) -> Precision | str | tuple[str, ...]:
         """Precision of a phase: one name if all heads agree, else one per head."""
         assert self.plan is not None
         heads = self.plan.precision[phase]
         return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
+
+    def _first(self, phase: int, layout: Layout, device: torch.device) -> tuple[ResidentMask, Operands]:
+        assert self.plan is not None and self.order is not None
+        ordered = device.type == "cuda" or self.owner.impl == "triton"
+        tokens = layout.grid.tokens, layout.text.tokens
+        resident = ResidentMask(self._own_masks(), tokens, device, launch_order=ordered)
+        mask, table, order = resident.follow(phase), self.owner.table(layout, device), self.order.to(device)
+        first = Operands(mask, table, order, self.precision(phase))
+        return resident, replace(first, **self._dealt(phase, layout, device))
+
+    def _own_masks(self) -> BlockMask:
+        """Masks of all phases, of several ranks those of its own heads."""
+        assert self.plan is not None
+        mask, ranks = self.plan.mask, self.owner.ranks
+        if ranks is None:
+            return mask
+        own = (ranks.deal(mask[phase])[ranks.rank] for phase in range(len(mask.bits)))
+        bits = torch.stack([bits[heads.to(bits.device)] for bits, heads in zip(mask.bits, own, strict=True)])
+        return BlockMask(bits, mask.key_blocks, mask.block)
+
+    def _dealt(self, phase: int, layout: Layout, device: torch.device) -> dict[str, Any]:
+        """What differs on one of several ranks."""
+        assert self.plan is not None and self.order is not None
+        ranks, precision = self.owner.ranks, self.precision(phase)
+        if ranks is None:
+            return {}
+        dealt = ranks.deal(self.plan.mask[phase])
+        own = dealt[ranks.rank]
+        return {
+            "order": self.order[own].to(device),
+            "precision": tuple(precision[head] for head in own.tolist()) if isinstance(precision, tuple) else precision,
+            "heads": dealt.to(device),
+            "sizes": ranks.sizes(layout),
+            "places": ranks.places(layout).to(device),
+        }
 
 
 def attend(
@@ -160,40 +218,86 @@ def attend(
     _parallel_config: Any = None,
 ) -> Tensor:
     """Attention of a planned layer by its plan and of any other dense; q, k, v and the result are (B, N, H, D)."""
-    dense = functools.partial(
-        dispatch_attention_fn, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
+    settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    dense = functools.partial(dispatch_attention_fn, query, key, value, **settings)
     layer = _parallel_config
     if not isinstance(layer, Layer):
-        return dense(backend=NATIVE, parallel_config=layer)
-    call, counting = layer.owner.call, not torch.compiler.is_compiling()
+        return dense(attn_mask=attn_mask, backend=NATIVE, parallel_config=layer)
+    call, ranks, counting = layer.owner.call, layer.owner.ranks, not torch.compiler.is_compiling()
     layout = None if call is None or call.layout is None else layer.sees(call.layout)
-    if _is_beside(layout, query, key):
-        return dense(backend=_dense_backend(layer))
-    reason = _why_dense(layer, layout, query, key, attn_mask, plain=not (is_causal or dropout_p or enable_gqa))
+    if _is_beside(layout, ranks, query, key):
+        return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
+    plain = not (is_causal or dropout_p or enable_gqa)
+    reason = _why_dense(layer, layout, ranks, query, key, attn_mask, plain)
     if call is not None and call.observer is not None and layout is not None:
         for part, *tensors in _without_padding(layout, attn_mask, query, key, value):
             call.observer(layer.name, layer.attn, *tensors, part, call)
     if reason is not None:
         if counting:
             layer.dense_calls[reason] += 1
-        return dense(backend=_dense_backend(layer))
+        return _all_blocks(dense, layer, layout, attn_mask)
+    if layer.faster_dense:
+        if counting:
+            layer.dense_calls[layer.why_dense] += 1
+        return _all_blocks(dense, layer, layout, attn_mask)
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
-    if attn_mask is not None and not layer.padding_last:
-        key, value = _real_text_first(layout, attn_mask, key, value)
     operands = layer.operands_on(query.device)
+    if ranks is None or operands.heads is None or operands.places is None:
+        out = _follow(layer, layout, operands, query, key, value, attn_mask, scale)
+    else:
+        attn_mask = None if attn_mask is None else ranks.whole_mask(attn_mask, operands.sizes, operands.places)
+        shared = to_heads(query, key, value, operands.heads, operands.sizes, ranks.group)
+        out = _follow(layer, layout, operands, *shared, attn_mask, scale)
+        out = to_tokens(out, operands.heads, operands.sizes, query.shape[1], ranks.group)
+    if counting:
+        assert call.phase is not None
+        layer.sparse_calls[call.phase, layout.text.tokens] += 1
+        if call.phase not in layer.ran:
+            some = query[:, :, : operands.mask.heads]
+            layer.ran[call.phase] = what_runs(
+                some, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
+            )
+    return out
+
+
+def _all_blocks(dense: Callable[..., Tensor], layer: Layer, layout: Layout | None, attn_mask: Tensor | None) -> Tensor:
+    """Dense attention as the layer would run it without a plan, of a whole sequence if several ranks share it."""
+    ranks = layer.owner.ranks
+    if ranks is None:
+        return dense(attn_mask=attn_mask, backend=_dense_backend(layer))
+    if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
+        attn_mask = ranks.arrived_mask(attn_mask, layout)
+    return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
+
+
+def _follow(
+    layer: Layer,
+    layout: Layout,
+    operands: Operands,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Attention of a whole sequence by the plan; `attn_mask` is over keys in the model's order."""
+    if attn_mask is not None and not layer.padding_last:
+        text = layout.text_positions
+        text = text if operands.places is None else operands.places[text]
+        key, value = _real_text_first(layout, attn_mask, text, key, value)
+    call = layer.owner.call
+    if call is not None and call.presence is not None:
+        assert call.phase is not None
+        return attention_with_presence(
+            query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
+            table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
+            valid_text=_valid_text(layout, attn_mask), softmax_scale=scale,
+        )  # fmt: skip
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,
         text_tokens=layout.text.tokens, valid_text=_valid_text(layout, attn_mask),
         precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl,
     )  # fmt: skip
-    if counting:
-        assert call.phase is not None
-        layer.sparse_calls[call.phase, layout.text.tokens] += 1
-        if call.phase not in layer.ran:
-            layer.ran[call.phase] = what_runs(
-                query, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
-            )
     return out
 
 
@@ -212,7 +316,7 @@ def paro_backend() -> Any:
             names._value2member_map_[NAME] = names._member_map_[NAME.upper()] = member
             names._member_names_.append(NAME.upper())
         member = names(NAME)
-        registry.register(member)(attend)
+        registry.register(member, supports_context_parallel=True)(attend)
         return member
     except (AttributeError, TypeError) as error:
         raise RuntimeError(
@@ -229,15 +333,22 @@ def _dense_backend(layer: Layer) -> Any:
     return NATIVE if chosen == NAME else chosen
 
 
-def _is_beside(layout: Layout | None, query: Tensor, key: Tensor) -> bool:
+def _is_beside(layout: Layout | None, ranks: Ranks | None, query: Tensor, key: Tensor) -> bool:
     """Whether a joint layer's processor looks from the video alone at something else, such as an IP-adapter's image."""
     if layout is None or layout.text.tokens == 0:
         return False
-    return query.shape[1] == layout.grid.tokens and key.shape[1] != query.shape[1]
+    video = layout.grid.tokens if ranks is None else ranks.own_video(layout)
+    return query.shape[1] == video and key.shape[1] != query.shape[1]
 
 
 def _why_dense(
-    layer: Layer, layout: Layout | None, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool
+    layer: Layer,
+    layout: Layout | None,
+    ranks: Ranks | None,
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    plain: bool,
 ) -> str | None:
     call = layer.owner.call
     if call is None:
@@ -245,27 +356,30 @@ def _why_dense(
     elif layout is None or (call.dense is not None and call.observer is None):
         return call.dense
     else:
-        obstacle = _obstacle(layout, query, key, attn_mask, plain)
+        obstacle = _obstacle(layout, ranks, query, key, attn_mask, plain)
         if obstacle is None:
             return call.dense
     return layer.owner.fall_back(obstacle, f"{layer.name} cannot follow a plan then; strict=False runs it dense.")
 
 
-def _obstacle(layout: Layout, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool) -> str | None:
-    if (query.shape[1], key.shape[1]) != (layout.tokens, layout.tokens):
-        return f"grid and text make {layout.tokens} tokens; got {query.shape[1]} queries and {key.shape[1]} keys"
+def _obstacle(
+    layout: Layout, ranks: Ranks | None, query: Tensor, key: Tensor, attn_mask: Tensor | None, plain: bool
+) -> str | None:
+    own = layout.tokens if ranks is None else ranks.own_tokens(layout)
+    if (query.shape[1], key.shape[1]) != (own, own):
+        here = "" if ranks is None else f" on rank {ranks.rank} of {ranks.size}"
+        return f"grid and text make {own} tokens{here}; got {query.shape[1]} queries and {key.shape[1]} keys"
     if not plain:
         return "the attention is causal, grouped or has dropout"
-    per_key = attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.numel() == key.shape[0] * key.shape[1])
-    if not per_key or (attn_mask is not None and layout.text.tokens == 0):
-        return "the attention mask is not one of padded text"
-    return None
+    if attn_mask is None:
+        return None
+    per_key = attn_mask.dtype == torch.bool and attn_mask.numel() in (len(key) * own, len(key) * layout.tokens)
+    return None if per_key and layout.text.tokens else "the attention mask is not one of padded text"
 
 
 def _text_mask(layout: Layout, attn_mask: Tensor) -> Tensor:
     """The text's part of a mask over keys, (B, text tokens)."""
-    ahead = 0 if layout.text.side == "prefix" else layout.grid.tokens
-    return attn_mask.flatten(1)[:, ahead : ahead + layout.text.tokens]
+    return attn_mask.flatten(1)[:, layout.text_positions]
 
 
 def _valid_text(layout: Layout, attn_mask: Tensor | None) -> Tensor | None:
@@ -273,16 +387,14 @@ def _valid_text(layout: Layout, attn_mask: Tensor | None) -> Tensor | None:
     return None if attn_mask is None else _text_mask(layout, attn_mask).sum(1, dtype=torch.int32)
 
 
-def _real_text_first(layout: Layout, attn_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Keys or values (B, N, H, D) with the real text tokens before the padded ones."""
-    sizes = (layout.text.tokens, layout.grid.tokens)
-    at, sizes = (0, sizes) if layout.text.side == "prefix" else (1, sizes[::-1])
+def _real_text_first(layout: Layout, attn_mask: Tensor, text: slice | Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Keys or values (B, N, H, D), whose text lies at `text`, with the real text tokens before the padded ones."""
     index = _text_mask(layout, attn_mask).logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
     sorted_ = []
     for x in tensors:
-        parts = list(x.split(sizes, dim=1))
-        parts[at] = parts[at].gather(1, index.expand_as(parts[at]))
-        sorted_.append(torch.cat(parts, dim=1))
+        found, x = x[:, text], x.clone()
+        x[:, text] = found.gather(1, index.expand_as(found))
+        sorted_.append(x)
     return sorted_
 
 

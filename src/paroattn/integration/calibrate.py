@@ -1,6 +1,7 @@
 """Makes a plan from a few prompts: runs the pipeline dense, feeds the capture, and plans."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -12,13 +13,18 @@ from torch import nn
 
 from ..capture import CaptureSettings, Statistics
 from ..files import check_writable, writing_folder
+from ..grid import CANDIDATES
 from ..kernels.attention import OWN_PRECISION
+from ..plan.cost import rates_of
 from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
-from ..plan.search import PlanSettings, make_plan
+from ..plan.search import DENSITY, PlanSettings, make_plan
+from ..plan.workloads import known_model
 from .apply import recording, unwrapped
 from .collecting import Collector, Economy, StartOver, check_prompts, explained
 from .generate import run
 from .journal import Journal, described, discard, unfinished
+from .models import head_size, self_attentions
+from .processes import everyones, group, wait
 from .sensitivity import check_sensitivity, measure_sensitivity
 
 STEPS = 10
@@ -49,13 +55,17 @@ def calibrate(
     steps of a phase are averaged: a block matters as much as it does on average, and one odd prompt cannot take the
     budget.
 
+    Processes that have joined one torch.distributed group and all call this share the work: each measures some of the
+    layers, and runs some of the samples that sensitivity is measured on. They need a file system in common, and all
+    return the plan that one process would have made, to the bit.
+
     Small models are measured whole, in every candidate order. Of large ones, a short run more chooses the orders from
     a sample, and masks are made from a few maps of each layer and step, kept in 8 bits a block.
 
     Args:
         pipe: A diffusers pipeline with a known transformer; it may be offloaded.
         prompts: Calibration prompts.
-        density: Kept video blocks over all, above 0 and at most 1; that of `settings`, 0.25, by default.
+        density: Kept video blocks over all, above 0 and at most 1; the target of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
         precision: Precision of every head; that of `settings`, or the transformer's own dtype, by default.
         capture: What to measure; what `settings` needs, on every query row, by default.
@@ -87,9 +97,10 @@ def calibrate(
     """
     settings = settings or PlanSettings()
     settings = replace(settings, precision=precision or settings.precision or own_precision(pipe))
-    settings = settings if density is None else replace(settings, density=density)
+    settings = settings if density is None else settings.at(density)
     capture = capture or needed_by(settings)
     settings.check_measured(capture)
+    check_times(pipe, settings, capture)
     check_sensitivity(sensitivity, sensitivity_seeds)
     if capture.block_stride > 1:
         raise ValueError(
@@ -111,16 +122,34 @@ def calibrate(
                 seed=seed, precision=own_precision(pipe), progress=bar, **call,
             )  # fmt: skip
         plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
-        if statistics is not None:
+        if statistics is not None and group()[0] == 0:
             save_statistics(measured, statistics)
-    if journal is not None:
+    wait()
+    if journal is not None and group()[0] == 0:
         discard(journal)
     return plan
 
 
+def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> None:
+    """Check that times are known that a target speed-up needs.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if settings.speedup is None:
+        return
+    rates = rates_of(settings.gpu)
+    for transformer in transformers_of(pipe).values():
+        attentions = self_attentions(transformer)
+        heads, head_dim = head_size(next(iter(attentions.values())))
+        rates.kernel(head_dim, capture.block, settings.precision or own_precision(pipe))
+        known_model(type(transformer).__name__, heads, head_dim, len(attentions), own_config(transformer))
+
+
 def needed_by(settings: PlanSettings, **changes: Any) -> CaptureSettings:
     """The least that a calibration must measure for such a plan."""
-    orders = tuple(dict.fromkeys(("FHW", *settings.orders)))
+    candidates = settings.orders or (() if settings.order_score == "none" else CANDIDATES)
+    orders = tuple(dict.fromkeys(("FHW", *candidates)))
     by_mass = "mass" in (settings.order_score, settings.mask_score)
     return CaptureSettings(orders=orders, paper=settings.order_score == "paper", whole_mass=by_mass, **changes)
 
@@ -184,20 +213,23 @@ def collect(
     capture = capture or CaptureSettings()
     exact = True if capture.block_stride > 1 else exact
     made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
-    orders = {name: getattr(settings, name) for name in ("density", "order_score", "mask_score", "orders")}
+    chosen_at = {"density": settings.density or DENSITY}
+    orders = chosen_at | {name: getattr(settings, name) for name in ("order_score", "mask_score", "orders")}
     asked = {
         "prompts": prompts, "steps": steps, "seed": seed, "call": call,
         "models": {name: _told_apart(each) for name, each in transformers.items()},
         "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
     }  # fmt: skip
     made["model"] = _name_on_hub(pipe)
-    folder = None if journal is None else Path(journal)
+    folder, scratch = _place(journal)
     with ExitStack() as stack:
         stack.enter_context(explained(folder))
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
         kept = Journal(folder, described(asked), exact)
+        everywhere = everyones({group()[0]: kept.done}).values()
+        kept.done = [name for name in kept.done if all(name in done for done in everywhere)]
         collector = Collector(
-            transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report
+            transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report, scratch
         )  # fmt: skip
         for name, transformer in transformers.items():
             observer = partial(collector.observe, name)
@@ -211,6 +243,15 @@ def collect(
             collector.finish()
         report(1.0)
         return collector.result()
+
+
+def _place(journal: str | os.PathLike | None) -> tuple[Path | None, Any]:
+    """Where this process keeps what it measures, and the temporary folder around it: several need one each."""
+    own, processes = group()
+    if journal is not None:
+        return Path(journal) / f"{own}-of-{processes}" if processes > 1 else Path(journal), None
+    scratch = tempfile.TemporaryDirectory(prefix="paroattn-") if processes > 1 else None
+    return scratch and Path(scratch.name), scratch
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:

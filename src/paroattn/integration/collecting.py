@@ -4,6 +4,8 @@ Small models: everything, in every candidate order. Large ones in two stages. *O
 a sample of query blocks in every candidate order, one map for each layer and step. *Masks*: a run of every prompt, all
 query blocks, each head in its own order alone, a few maps for each layer and step, taken in turns from prompts and
 guidance branches: map b of prompt p, at step s in layer l, is measured if p + b + s + l is a multiple of so many.
+
+Processes that have joined share the layers: each runs every prompt, and measures layers of its own.
 """
 
 import errno
@@ -21,13 +23,15 @@ from torch import Tensor, nn
 
 from ..block_mask import blocks_of
 from ..capture import BlockStats, CaptureSettings, Statistics
-from ..capture.statistics import DESCRIPTION, SAME_LEVEL
+from ..capture.maps import SUFFIX
+from ..capture.statistics import DESCRIPTION, MAPS_FOLDER, SAME_LEVEL, link
 from ..grid import Grid, Layout, TextSpan
 from ..kernels.block_stats import block_stats
 from ..plan.plan import own_config
 from ..plan.search import PlanSettings, choose_orders
 from .journal import Journal
 from .models import self_attentions
+from .processes import everyones, group, wait
 from .projection import output_projection
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -86,6 +90,7 @@ class Collector:
         made: What the statistics say about their making.
         impl: How maps are measured.
         progress: Called with the share of the work done.
+        scratch: Temporary folder of the journal, if it is in one.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Collector:
         made: Mapping[str, Any],
         impl: str,
         progress: Callable[[float], None],
+        scratch: Any = None,
     ):
         self.prompts, self.steps, self.capture, self.settings = prompts, steps, capture, settings
         self.economy, self.journal, self.made, self.progress = economy, journal, dict(made), progress
@@ -107,7 +113,7 @@ class Collector:
         self.names = {name: list(self_attentions(each)) for name, each in transformers.items()}
         self.measure = partial(by_heads, partial(block_stats, impl=impl))
         self.run = Run("masks", 0, steps)
-        self._scratch: Any = None
+        self.scratch = scratch
         self._shown = 0.0
         self._begin(self.run)
 
@@ -121,10 +127,11 @@ class Collector:
         """Note that the current run is finished, and choose orders after the run that is for them."""
         if self.run.stage == "orders":
             for component, found in self._statistics.items():
-                self.journal.chosen[component] = {
+                mine = {
                     layer: [found.settings.orders[index] for index in choose_orders(found, layer, self.settings)]
                     for layer in found.layers
                 }
+                self.journal.chosen[component] = everyones(mine)
                 self.journal.branches[component] = self._branches(component, finished=True)
         for each in self._statistics.values():
             each.note()
@@ -136,6 +143,7 @@ class Collector:
     def result(self) -> dict[str, Statistics]:
         """Statistics by component."""
         folder = self.journal.folder
+        self._share()
         for component in self.names:
             if component not in self._statistics and folder and (folder / component / DESCRIPTION).is_file():
                 self._statistics[component] = Statistics.load(folder / component)
@@ -146,6 +154,24 @@ class Collector:
             each.made = self.made | how | measured | own
             each.note()
         return {component: self._statistics[component] for component in self.names if component in self._statistics}
+
+    def _share(self) -> None:
+        """Take over what other processes have measured, layers of their own, from the folders where they keep it."""
+        own, processes = group()
+        folder = self.journal.folder
+        if processes == 1 or folder is None:
+            return
+        folders = {rank: Path(each) for rank, each in everyones({own: str(folder)}).items() if rank != own}
+        for component, names in self.names.items():
+            there = folder / component / MAPS_FOLDER
+            for path in (
+                path for each in folders.values() for path in (each / component / MAPS_FOLDER).glob(f"*{SUFFIX}")
+            ):
+                if not (there / path.name).exists():
+                    link(path, there / path.name)
+            if component in self._statistics:
+                self._statistics[component].keep_in(folder / component, names, self.scratch)
+        wait()
 
     def observe(
         self, component: str, layer: str, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor,
@@ -186,6 +212,8 @@ class Collector:
 
     def _wanted(self, statistics: Statistics, component: str, layer: str, level: float, b: int) -> bool:
         """Whether map b of the current step is measured."""
+        if not self._mine(component, layer):
+            return False
         if self.journal.exact:
             return True
         turn = self._levels[component].index(level) + self.names[component].index(layer)
@@ -198,6 +226,11 @@ class Collector:
         if before is None and p == self.prompts - 1 and b >= branches - 1:
             return True  # the last chance
         return (p + b + turn) % every == 0 and (before is None or before.calls < self.economy.maps)
+
+    def _mine(self, component: str, layer: str) -> bool:
+        """Whether this process measures the layer: joined processes share them."""
+        own, processes = group()
+        return self.names[component].index(layer) % processes == own
 
     def _branches(self, component: str, finished: bool = False) -> int:
         """Maps of a layer and step, as far as this run has shown; 1 during its first step."""
@@ -252,7 +285,7 @@ class Collector:
                     )
                 new.layout = there  # that of the first call; the text may differ from call to call
             folder.mkdir(parents=True, exist_ok=True)
-            new.keep_in(folder, names, self._scratch)
+            new.keep_in(folder, names, self.scratch)
         new.check_size(len(names), self.run.steps)
         if self.run.stage == "orders":  # masks are made later, but what is too much for them is known now
             masks = replace(new, settings=self._economical(layout, "masks"), layers={}, chosen={names[0]: ()})
@@ -275,8 +308,8 @@ class Collector:
         """Where the current stage keeps its statistics; None: in memory."""
         folder = self.journal.folder
         if folder is None and not self.journal.exact:
-            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="paroattn-")
-            folder = Path(self._scratch.name)
+            self.scratch = self.scratch or tempfile.TemporaryDirectory(prefix="paroattn-")
+            folder = Path(self.scratch.name)
         if folder is None:
             return None
         return folder / component / "orders" if self.run.stage == "orders" else folder / component

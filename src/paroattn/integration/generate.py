@@ -1,7 +1,8 @@
 """Runs any pipeline for one clip, the same way for calibration, generation and evaluation."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def generate_clip(
     *,
     steps: int | None = None,
     on_step: Callable[[], None] | None = None,
+    on_latents: Callable[[Tensor], None] | None = None,
     **call: Any,
 ) -> Tensor:
     """Generate one clip.
@@ -45,6 +47,7 @@ def generate_clip(
         seed: Of the noise, drawn on the CPU so that every device starts from the same.
         steps: Number of inference steps; the pipeline's own by default.
         on_step: Called after every step, where the pipeline allows it.
+        on_latents: Called with the latents after every step, likewise.
         call: Passed on to the pipeline.
 
     Returns:
@@ -53,7 +56,7 @@ def generate_clip(
     Raises:
         ValueError: If the pipeline does not know an argument.
     """
-    output = run(pipe, prompt, seed, steps=steps, on_step=on_step, output_type="pt", **call)
+    output = run(pipe, prompt, seed, steps=steps, on_step=on_step, on_latents=on_latents, output_type="pt", **call)
     frames = output.frames.flatten(0, 1) if hasattr(output, "frames") else output.images
     return frames.float().cpu() * 2 - 1
 
@@ -65,6 +68,7 @@ def run(
     *,
     steps: int | None = None,
     on_step: Callable[[], None] | None = None,
+    on_latents: Callable[[Tensor], None] | None = None,
     **call: Any,
 ) -> Any:
     """Call the pipeline with a seed; arguments it does not know are an error, except the output type."""
@@ -76,10 +80,22 @@ def run(
     call = {n: _placed(n, value, pipe) for n, value in call.items() if n in known or n != "output_type"}
     if steps is not None:
         call["num_inference_steps"] = steps
-    if on_step is not None and "callback_on_step_end" in known:
-        call["callback_on_step_end"] = lambda pipe, step, timestep, tensors: on_step() or {}
+    if (on_step or on_latents) and "callback_on_step_end" in known:
+        call["callback_on_step_end"] = partial(_after_step, on_step, on_latents)
     words = None if call.get(EMBEDDINGS) is not None else str(prompt)
     return pipe(prompt=words, generator=torch.Generator().manual_seed(seed), **call)
+
+
+def _after_step(
+    on_step: Callable[[], None] | None, on_latents: Callable[[Tensor], None] | None, pipe: Any, step: int,
+    timestep: Any, tensors: Mapping[str, Any],
+) -> dict:  # fmt: skip
+    """What a pipeline calls after every step; it takes what is returned for its own."""
+    if on_step is not None:
+        on_step()
+    if on_latents is not None and isinstance(tensors.get("latents"), Tensor):
+        on_latents(tensors["latents"])
+    return {}
 
 
 def _placed(name: str, value: Any, pipe: Any) -> Any:

@@ -18,11 +18,14 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
 from ..grid import Grid, Layout, TextSpan
+from ..plan.packing import unpack_all
 from ..plan.plan import PlanError, TransformerPlan
+from ..plan.worth import Verdict, judge
 from ..precision import Precision
 from .backend import LAYOUTS_KEPT, Call, Layer, Observer
 from .models import GridUnknown, matches, self_attentions, spec_of
 from .processor import planned_processor
+from .ranks import Ranks, ranks_of
 from .schedule import NoiseSchedule, branch_of
 
 HOOK = "paroattn"
@@ -46,10 +49,13 @@ class PlanHook(ModelHook):
 
     Attributes:
         call: The running call of the transformer.
+        ranks: The processes that share its sequence, if there are several.
         calls: Calls of the transformer, by "sparse" or the reason why they ran dense.
         grids: Calls by grid.
         replaced: Layers whose processor someone else has taken away.
+        verdict: Which layers dense attention serves faster, for the last call; None if nobody asked.
         dense_depth: How many `paroattn.dense` are open.
+        presence: Given to every call, see `Call`; `call` then outlives it, since a backward pass may run layers again.
     """
 
     _is_stateful = True
@@ -64,16 +70,22 @@ class PlanHook(ModelHook):
         strict: bool = True,
         precision: str | Precision | None = None,
         impl: str = "auto",
+        even_if_slower: bool = False,
     ):
         super().__init__()
         self.plan, self.observer, self.strict, self.precision, self.impl = plan, observer, strict, precision, impl
         self.spec, self.schedule = spec_of(transformer), NoiseSchedule(pipeline)
         self.context = CallContext()
         self.call: Call | None = None
+        self.ranks: Ranks | None = None
         self.calls: Counter[str] = Counter()
         self.grids: Counter[str] = Counter()
         self.replaced: list[str] = []
         self.dense_depth = 0
+        self.verdict: Verdict | None = None
+        self._even_if_slower = even_if_slower or impl != "auto"
+        self._verdicts: dict[tuple[TextSpan, torch.device], Verdict] = {}
+        self.presence: Any = None
         self._thread: int | None = None
         self._signature = inspect.signature(type(transformer).forward)
         self._warned: set[str] = set()
@@ -134,16 +146,19 @@ class PlanHook(ModelHook):
         self._notice_replaced()
         phase, reason = self._decide(grid, has, text, noise_level)
         layout = Layout(grid, text) if grid else None
-        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer)
+        self.call = Call(layout, noise_level, branch_of(context), phase, reason, self.observer, self.presence)
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        self._notice_ranks(transformer, device)
         if layout is not None and phase is not None:
-            self._follow(phase, layout, next(x.device for x in arguments.values() if isinstance(x, Tensor)))
+            self._follow(phase, layout, device)
         self.calls["sparse" if reason is None else reason] += 1
         self.grids[has] += 1
 
     @_eager
     def after(self, *_: Any) -> None:
         if self._thread == threading.get_ident():  # a call that was refused ends here too
-            self.call = self._thread = None
+            self._thread = None
+            self.call = self.call if self.presence else None
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.schedule.reset()
@@ -167,14 +182,51 @@ class PlanHook(ModelHook):
         if key not in self._tables:
             if len(self._tables) >= LAYOUTS_KEPT:
                 self._tables.clear()
-            self._tables[key] = layout.table(self._orders).to(device)
+            table = layout.table(self._orders)
+            self._tables[key] = (self.ranks.places(layout)[table].int() if self.ranks else table).to(device)
         return self._tables[key]
 
     def _follow(self, phase: int, layout: Layout, device: torch.device) -> None:
         """Let every planned layer find its operands now: inside compiled blocks it could not."""
+        if self.ranks is not None:
+            self.ranks.check_layout(layout)
+        self._judge(layout, device)
+        unpack_all(layer.plan.mask for layer in self.layers.values() if layer.plan and not layer.faster_dense)
         for layer in self.layers.values():
-            if layer.plan is not None:
+            if layer.plan is not None and not layer.faster_dense:
                 layer.follow(phase, layout, device)
+
+    def _notice_ranks(self, transformer: nn.Module, device: torch.device) -> None:
+        """Look whether the transformer was split, before or after `apply`; its ranks then compare their plans."""
+        if getattr(transformer, "_parallel_config", None) is (self.ranks and self.ranks.config):
+            return
+        self.ranks = ranks_of(transformer)
+        self._tables.clear()
+        for layer in self.layers.values():
+            layer.forget()
+        if self.ranks is not None and self.plan is not None:
+            self.ranks.check_heads(self.plan.heads)
+            self.ranks.check_plan(self.plan, device, self.precision, self.impl, self.strict)
+
+    def _judge(self, layout: Layout, device: torch.device) -> None:
+        """Let layers run dense that are predicted to gain nothing: the same ones in all phases."""
+        gpu = gpu_name(device)
+        if self._even_if_slower or gpu is None:
+            return
+        assert self.plan is not None
+        key = layout.text, device
+        if key not in self._verdicts:
+            video_only = [name for name, layer in self.layers.items() if layer.video_only]
+            self._verdicts[key] = judge(
+                self.plan, gpu, text=layout.text, video_only=video_only,
+                precision=self.precision,
+            )  # fmt: skip
+        self.verdict = self._verdicts[key]
+        for name, layer in self.layers.items():
+            layer.why_dense = self.verdict.dense.get(name, "")
+            layer.faster_dense = bool(layer.why_dense)
+        if self.verdict.dense:
+            self._warn(f"{self.verdict}. Say even_if_slower=True to run them by the plan all the same")
 
     def _grid(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Grid | None, str]:
         """Size of the video in tokens, and in words; or what the call has instead."""
@@ -201,7 +253,7 @@ class PlanHook(ModelHook):
         if grid != plan.grid:
             return None, self.fall_back(
                 f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {has}",
-                "Calibrate at this resolution, or apply with strict=False to run such calls dense.",
+                f"Calibrate at this resolution, or {_carry(grid)}apply with strict=False to run such calls dense.",
             )
         if text.tokens and text.side != plan.text.side:
             return None, self.fall_back(
@@ -236,6 +288,16 @@ def hook_of(transformer: nn.Module) -> PlanHook | None:
     anchor = transformer._modules.get(HOOK)
     hook = None if anchor is None else HookRegistry.check_if_exists_or_initialize(anchor).get_hook(HOOK)
     return hook if isinstance(hook, PlanHook) else None
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """Name of a GPU; None for other devices."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def _carry(grid: Grid | None) -> str:
+    """How to come to this grid without calibrating."""
+    return f"carry the plan there (plan.for_grid, or paro plan --grid {grid}), or " if grid else ""
 
 
 def _forget_children(transformer: nn.Module) -> None:

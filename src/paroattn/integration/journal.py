@@ -46,8 +46,8 @@ class Journal:
         if folder is not None and (folder / JOURNAL).is_file():
             self._resume(read_json(folder / JOURNAL))
         elif folder is not None:
-            half_written = JOURNAL + SCRATCH
-            if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {half_written}):
+            half_written = f"{JOURNAL}.*{SCRATCH}"
+            if folder.exists() and not (folder.is_dir() and all(path.match(half_written) for path in folder.iterdir())):
                 raise FileExistsError(f"{folder} must be a new folder or an unfinished calibration; it is neither")
 
     def write(self) -> None:

@@ -179,8 +179,8 @@ MODELS: dict[str, ModelSpec] = {
         adapter=dispatching,
         video_only=("transformer_blocks.*.attn2",),
     ),
-    "WanTransformer3DModel": ModelSpec(("blocks.*.attn1",), latent_grid),
-    "WanVACETransformer3DModel": ModelSpec(("blocks.*.attn1", "vace_blocks.*.attn1"), latent_grid),
+    "WanTransformer3DModel": ModelSpec(("blocks.*.attn1",), latent_grid, adapter=dispatching),
+    "WanVACETransformer3DModel": ModelSpec(("blocks.*.attn1", "vace_blocks.*.attn1"), latent_grid, adapter=dispatching),
 }
 
 

@@ -31,27 +31,36 @@ def planned_processor(layer: Layer, adapter: Any = None) -> Any:
     for slot in _SLOTS:
         vars(processor).pop(slot, None)
     processor.__class__ = _planned_class(type(base))
-    processor._paro_layer, processor._parallel_config = layer, None
+    processor._paro_layer, processor._paro_runs = layer, False
     return processor
 
 
 @functools.cache
 def _planned_class(cls: type) -> type:
+    """The class with both slots taken: what diffusers puts into them is for the layer's own processor."""
+
     # diffusers drops keyword arguments (RoPE among them) that it does not find in the signature, so `wraps` matters.
     @functools.wraps(cls.__call__)
     def __call__(self, *args, **kwargs):
-        self._parallel_config = self._paro_layer
+        self._paro_runs = True
         try:
             return cls.__call__(self, *args, **kwargs)
         finally:
-            self._parallel_config = None
+            self._paro_runs = False
 
-    def choose_dense(self, backend):
-        self._paro_layer.original._attention_backend = backend
+    def parallel_config(self):
+        layer = self._paro_layer
+        return layer if self._paro_runs else getattr(layer.original, "_parallel_config", None)
+
+    def pass_on(slot):
+        return lambda self, value: setattr(self._paro_layer.original, slot, value)
 
     backend = paro_backend()
-    slot = property(lambda self: backend, choose_dense)
-    planned = type(f"Paro{cls.__name__}", (cls,), {"__call__": __call__, "_attention_backend": slot})
+    slots = {
+        "_attention_backend": property(lambda self: backend, pass_on("_attention_backend")),
+        "_parallel_config": property(parallel_config, pass_on("_parallel_config")),
+    }
+    planned = type(f"Paro{cls.__name__}", (cls,), {"__call__": __call__, **slots})
     _allow_layer_skip(planned, cls)
     return planned
 

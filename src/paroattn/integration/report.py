@@ -1,7 +1,7 @@
 """What the layers of an applied plan did, as plain values and as a table."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,39 @@ class Report:
         return "\n\n".join(_table(name, part) for name, part in self.transformers.items())
 
 
+def merged(reports: Sequence[Mapping[str, dict[str, Any]]]) -> Report:
+    """One report of what several runs with the same plan did, from their `to_dict`."""
+    names = {name: None for report in reports for name in report}
+    return Report({name: _merged([report[name] for report in reports if name in report]) for name in names})
+
+
+def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One transformer's part of several reports."""
+    layers = {name: _merged_layer([part["layers"][name] for part in parts]) for name in parts[0]["layers"]}
+    return {
+        **parts[0],
+        "grids_seen": dict(sum((Counter(part["grids_seen"]) for part in parts), Counter())),
+        "calls": dict(sum((Counter(part["calls"]) for part in parts), Counter())),
+        "replaced_layers": list(dict.fromkeys(name for part in parts for name in part["replaced_layers"])),
+        "density": _mean((layer["density"], 1) for layer in layers.values()),
+        "layers": layers,
+    }
+
+
+def _merged_layer(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    phases = [
+        {
+            **same[0],
+            "density": _mean((each["density"], each["sparse_calls"]) for each in same),
+            "sparse_calls": sum(each["sparse_calls"] for each in same),
+            "impl": next((each["impl"] for each in same if each["impl"]), None),
+        }
+        for same in zip(*(row["phases"] for row in rows), strict=True)
+    ]
+    dense_calls = sum((Counter(row["dense_calls"]) for row in rows), Counter())
+    return _layer(phases, dense_calls, next((row["faster_dense"] for row in rows if row["faster_dense"]), None))
+
+
 def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
     """One transformer's part of the report."""
     assert hook.plan is not None
@@ -57,6 +90,7 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
         "grids_seen": dict(hook.grids),
         "calls": dict(hook.calls),
         "replaced_layers": hook.replaced,
+        "prediction": None if hook.verdict is None else str(hook.verdict),
         "density": _mean((layer["density"], 1) for layer in layers.values()),
         "layers": layers,
     }
@@ -65,12 +99,18 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
 def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:
     assert layer.plan is not None
     phases = [_describe_phase(layer, phase, grid) for phase in range(len(layer.plan.precision))]
+    return _layer(phases, layer.dense_calls, layer.why_dense or None)
+
+
+def _layer(phases: list[dict[str, Any]], dense_calls: Counter[str], faster_dense: str | None) -> dict[str, Any]:
+    """What a layer did, from what it did in each phase."""
     ran = [(phase["density"], phase["sparse_calls"]) for phase in phases]
-    fell_back = layer.dense_calls.total() - layer.dense_calls[ON_REQUEST]
+    fell_back = dense_calls.total() - dense_calls[ON_REQUEST]
     return {
         "density": _mean([*ran, (1.0, fell_back)]),
-        "sparse_calls": layer.sparse_calls.total(),
-        "dense_calls": dict(layer.dense_calls),
+        "sparse_calls": sum(phase["sparse_calls"] for phase in phases),
+        "dense_calls": {reason: count for reason, count in dense_calls.items() if count},
+        "faster_dense": faster_dense,
         "phases": phases,
     }
 
@@ -98,6 +138,7 @@ def _table(name: str, part: dict[str, Any]) -> str:
         f"{name}: {part['model_class']}, executed density {_number(part['density'])}",
         f"  plan's grid {part['plan_grid']}; calls by grid: {grids}",
     ]
+    lines += [f"  {part['prediction']}"] if part["prediction"] else []
     lines += [f"  {count:6} calls {_outcome(kind)}" for kind, count in part["calls"].items()]
     reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
     lines += [f"  {n:6} layer calls {_outcome(kind)}" for kind, n in reasons.items() if kind not in part["calls"]]

@@ -13,6 +13,7 @@ With layers, one at a time as well; the weight of a block is then that of its ph
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..plan.search import PlanSettings, make_plan, predicted_error
 from .apply import apply, remove
 from .collecting import check_prompts
 from .generate import run
+from .processes import each_some, group
 
 SENSITIVITIES = ("none", "phases", "layers")
 PROBE_DENSITY = 0.3
@@ -59,7 +61,7 @@ def measure_sensitivity(
     progress: Callable[[float], None] = lambda share: None,
     **call: Any,
 ) -> None:
-    """Measure weights of phases, and of layers, and keep them in the statistics.
+    """Measure weights of phases, and of layers, and keep them in the statistics; joined processes share the runs.
 
     Args:
         pipe: The pipeline that was calibrated.
@@ -80,7 +82,7 @@ def measure_sensitivity(
     check_sensitivity(what, seeds)
     if what == "none":
         return
-    settings = replace(settings or PlanSettings(), density=PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
+    settings = (settings or PlanSettings()).at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
     plans = {name: make_plan(each, settings) for name, each in measured.items()}
     everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
     probes = [(name, place) for name, plan in plans.items() for place in _places(plan, what)]
@@ -90,23 +92,27 @@ def measure_sensitivity(
 
     def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan]) -> Tensor:
         nonlocal done
-        apply(pipe, Plan(plan), precision=precision, impl=impl)
+        apply(pipe, Plan(plan), precision=precision, impl=impl, even_if_slower=True)
         try:
             output = run(pipe, prompt, seed + number, steps=steps, output_type="latent", **call)
         finally:
             remove(pipe)
-        done += 1
-        progress(done / total)
+        done += group()[1]
+        progress(min(1.0, done / total))
         return _tensor(output).float().cpu()
 
+    def probed(number: int, prompt: str, probe: tuple[str, int | str] | None) -> Tensor:
+        if probe is None:
+            return latents(number, prompt, everything)
+        name, place = probe
+        only = _limited(plans[name], lambda layer, phase: place in (layer, phase))
+        return latents(number, prompt, everything | {name: only})
+
     for number, prompt in samples:
-        exact = latents(number, prompt, everything)
+        exact, *changed = each_some([None, *probes], partial(probed, number, prompt))
         power = exact.square().mean()
-        for probe in probes:
-            name, place = probe
-            only = _limited(plans[name], lambda layer, phase, place=place: place in (layer, phase))
-            changed = latents(number, prompt, everything | {name: only})
-            error = float((changed - exact).square().mean() / power)
+        for probe, other in zip(probes, changed, strict=True):
+            error = float((other - exact).square().mean() / power)
             if not math.isfinite(error):
                 raise ValueError(f"the pipeline's latents must be finite; {prompt!r} gave NaN or infinity")
             errors[probe].append(error)

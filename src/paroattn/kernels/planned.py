@@ -10,9 +10,11 @@ from ..grid import Layout, TextSpan
 from ..plan.plan import LayerPlan, PlanError, TransformerPlan
 from ..precision import Precision
 from .attention import attention
+from .resident import ResidentMask
 
 TEXTS_KEPT = 4
-_known: "weakref.WeakKeyDictionary[LayerPlan, dict[Any, dict[str, Any]]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[LayerPlan, dict[Any, tuple[ResidentMask, dict[str, Any]]]]"
+_known = weakref.WeakKeyDictionary()
 _tables: "weakref.WeakKeyDictionary[TransformerPlan, dict[Any, Tensor]]" = weakref.WeakKeyDictionary()
 
 
@@ -75,8 +77,9 @@ def operands_of(
 ) -> dict[str, Any]:
     """What `paroattn.attention` needs besides q, k and v: mask, table, order, text_tokens and precision.
 
-    They are made at the first call and kept as long as the plan, so that every layer, step and batch shares them. A
-    host that compiles its blocks asks for them before the first block and hands the tensors in.
+    They are made at the first call and kept as long as the plan, so that every step and batch shares them. A host that
+    compiles its blocks asks for them before the first block and hands the tensors in. On a GPU a layer has the mask of
+    one phase at a time, in the same memory: asking for another phase overwrites it there, without waiting.
 
     Args:
         plan: The transformer's part of a plan.
@@ -96,29 +99,28 @@ def operands_of(
     if text.tokens and plan.text.tokens and text.side != plan.text.side:
         raise PlanError(f"the plan has text as {plan.text.side}; this call has it as {text.side}")
     part = plan.layers[layer]
-    known, key = _known.setdefault(part, {}), (phase, text, device)
+    known, key = _known.setdefault(part, {}), (text, device)
     if key not in known:
-        if len(known) >= TEXTS_KEPT * len(plan.phases):
+        if len(known) >= TEXTS_KEPT:
             known.clear()
-        known[key] = _make(plan, part, phase, text, device)
-    return dict(known[key])
+        known[key] = _make(plan, part, text, device)
+    resident, others = known[key]
+    heads = part.precision[phase]
+    precision = heads[0] if len(set(heads)) == 1 else heads
+    return {"mask": resident.follow(phase), **others, "precision": precision}
 
 
-def _make(plan: TransformerPlan, part: LayerPlan, phase: int, text: TextSpan, device: torch.device) -> dict[str, Any]:
+def _make(
+    plan: TransformerPlan, part: LayerPlan, text: TextSpan, device: torch.device
+) -> tuple[ResidentMask, dict[str, Any]]:
+    """What holds a layer's mask, and what does not depend on the phase."""
     orders = sorted({order for each in plan.layers.values() for order in each.orders})
     tables = _tables.setdefault(plan, {})
     if (text, device) not in tables:
         if len(tables) >= TEXTS_KEPT:
             tables.clear()
         tables[text, device] = Layout(plan.grid, text).table(orders).to(device)
-    mask = part.mask[phase].with_text(plan.grid.tokens, text.tokens).to(device)
-    if device.type == "cuda":
-        _ = mask.launch_order  # made now: inside a CUDA graph or compiled code it would not be kept
-    heads = part.precision[phase]
-    return {
-        "mask": mask,
-        "table": tables[text, device],
-        "order": torch.tensor([orders.index(order) for order in part.orders], dtype=torch.int32, device=device),
-        "text_tokens": text.tokens,
-        "precision": heads[0] if len(set(heads)) == 1 else heads,
-    }
+    tokens = plan.grid.tokens, text.tokens
+    resident = ResidentMask(part.mask, tokens, device, launch_order=device.type == "cuda")
+    order = torch.tensor([orders.index(order) for order in part.orders], dtype=torch.int32, device=device)
+    return resident, {"table": tables[text, device], "order": order, "text_tokens": text.tokens}

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .plan import HUB_ID, Plan, TransformerPlan
+from .curve import MEANINGS, curve_of
+from .plan import CARRIED, HUB_ID, Plan, TransformerPlan
 
 _UNITS = {"psnr": ("PSNR, dB", ".1f"), "ssim": ("SSIM", ".4f"), "cosine": ("cosine", ".4f")}
 _CALLED_WITH = ("num_frames", "height", "width")
@@ -77,12 +78,15 @@ def _usage(model: str | None) -> str:
 
 def _component(name: str, plan: TransformerPlan) -> str:
     call = _calibration(plan).get("call")
-    size = [f"{key} {call[key]}" for key in _CALLED_WITH if isinstance(call, Mapping) and call.get(key) is not None]
+    carried = plan.made.get(CARRIED)
+    known = call if isinstance(call, Mapping) and not carried else {}
+    size = [f"{key} {known[key]}" for key in _CALLED_WITH if known.get(key) is not None]
     formats = Counter(each for layer in plan.layers.values() for heads in layer.precision for each in heads)
     rows = {
         "model": plan.model_class,
         "self-attentions": f"{len(plan.layers)} of {plan.heads} heads × {plan.head_dim}",
         "grid": f"{plan.grid} tokens (frames × height × width), {plan.grid.tokens} in all",
+        "carried over from": f"{carried[-1]} tokens; what that loses was not measured" if carried else None,
         "pipeline called with": ", ".join(size) or None,
         "text in the sequence": f"{plan.text.tokens} tokens, {plan.text.side}" if plan.text.tokens else "none",
         "block": f"{plan.block[0]} query × {plan.block[1]} key tokens",
@@ -97,9 +101,23 @@ def _density(name: str, plan: TransformerPlan) -> str:
         (f"down to {phase.lowest_noise:.3f}", f"{phase.share:.0%}", f"{float(density):.3f}")
         for phase, density in zip(plan.phases, plan.phase_density(), strict=True)
     ]
-    return _table(
+    kept = _table(
         (f"{name}: noise level", "share of the steps", "blocks kept"), [*rows, ("all", "100%", f"{plan.density:.3f}")]
     )
+    return "\n\n".join([kept, *_predicted(plan)])
+
+
+def _predicted(plan: TransformerPlan) -> list[str]:
+    """What the models of error and cost say, in a sentence; nothing where the plan does not hold its curve."""
+    curve = curve_of(plan.made)
+    if curve is None:
+        return []
+    chosen = curve["chosen"]
+    decibels = "none" if chosen["snr_db"] is None else f"{chosen['snr_db']:.1f} dB"
+    words = f"Predicted, not measured: relative squared error {MEANINGS[curve['error_of']]} {decibels}"
+    times = {"attention": chosen["attention_speedup"], "one compiled forward": chosen["speedup"]}
+    known = [f"{what} {value:.2f}×" for what, value in times.items() if value is not None]
+    return [f"{words}; faster than dense on an {curve['gpu']}: {', '.join(known)}." if known else f"{words}."]
 
 
 def _quality(evaluation: Mapping[str, Any] | None) -> str:
@@ -131,7 +149,8 @@ def _number(value: Any, form: str) -> str:
 
 
 def _made(name: str, plan: TransformerPlan) -> str:
-    text = json.dumps(dict(plan.made), indent=1, ensure_ascii=False, default=str)
+    made = {key: value for key, value in plan.made.items() if key != "curve"}
+    text = json.dumps(made, indent=1, ensure_ascii=False, default=str)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{name}:\n\n{fence}json\n{text}\n{fence}"
 

@@ -1,8 +1,4 @@
-"""The plan: order, block mask and precision of every head, with the model and grid they belong to.
-
-A plan is a folder with one sub-folder per transformer of the pipeline, `PLAN/transformer/plan.json` and
-`plan.safetensors` (`transformer_2/` for a second expert). Only JSON and safetensors are ever read.
-"""
+"""The plan: order, block mask and precision of every head, with the model and grid they belong to."""
 
 import copy
 import hashlib
@@ -11,34 +7,27 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
-from ..block_mask import BlockMask, blocks_of, parse_block
-from ..files import read_json, writing_folder
+from ..block_mask import BlockMask, blocks_of
+from ..files import sha256_of, shortened, writing_folder
 from ..grid import Grid, TextSpan, check_order
 from ..phases import Phase, phase_at
 from ..precision import Precision
-from .packing import PACKED_FROM, pack, unpack
 
-PLAIN, PACKED = 1, 2
-FORMATS = {PLAIN: "masks as they are", PACKED: "masks packed"}
 COMPONENTS = ("transformer", "transformer_2")
 STATISTICS = "statistics"
 CARD = "README.md"
+CARRIED = "carried_from"
 FOLDER = (*COMPONENTS, STATISTICS, CARD)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # "owner/name"
-HEADER_BYTES = 2**20  # room for names and shapes of the tensors
 _MODULE_PATH = re.compile(r"\w+(\.\w+)*")
-_DAMAGED = "Fetch or make the plan again."
 _CALIBRATE = "Make a plan for this model with paroattn.calibrate or `paro calibrate`."
 
 
@@ -111,7 +100,7 @@ class TransformerPlan:
             if not _MODULE_PATH.fullmatch(name):
                 raise PlanError(f"layers must be named by module path, such as blocks.0.attn1; got {name!r}")
             mask = layer.mask
-            found = (*mask.bits.shape[:-1], mask.key_blocks)
+            found = mask.shape
             if found != shape or mask.block != self.block:
                 raise PlanError(f"{name}: the mask must have (phases, heads, Nq, Nk) = {shape}; got {found}")
             mask.check()
@@ -141,10 +130,37 @@ class TransformerPlan:
         """Index of the phase that a noise level belongs to."""
         return phase_at(self.phases, noise_level)
 
+    def for_grid(self, grid: Grid) -> "TransformerPlan":
+        """Carry the plan to another resolution or number of frames, without running the model or its statistics.
+
+        Every head keeps its order, density and precision; a block is kept where those with the same offset between
+        query and key were, and every row keeps at least one. With the statistics that the plan was made from,
+        `paro plan --grid` chooses anew instead. What either loses is not measured; `paro evaluate` tells. The grids
+        that it came from are noted in `made`.
+
+        Args:
+            grid: Size of the video in tokens; the plan's own gives the plan itself.
+
+        Returns:
+            A plan for that grid.
+        """
+        from .regrid import for_grid
+
+        return for_grid(self, grid)
+
+    def digest(self, *settings: Any) -> str:
+        """SHA-256 over all that decides what runs, and settings beside it; how a plan was made does not enter."""
+        size = self.heads, self.head_dim, str(self.grid), vars(self.text), self.block
+        found = hashlib.sha256(repr((self.model_class, size, self.phases, settings)).encode())
+        for name, layer in self.layers.items():
+            found.update(repr((name, layer.orders, layer.precision)).encode())
+            found.update(layer.mask.bits.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
     @property
     def config_sha256(self) -> str | None:
         """SHA-256 of the calibrated model's configuration, None if unknown."""
-        return None if self.config is None else _sha256(self.config)
+        return None if self.config is None else sha256_of(self.config)
 
     def check_fits(
         self, model_class: str, layers: Mapping[str, tuple[int, int]], config: Mapping[str, Any] | None = None
@@ -177,11 +193,12 @@ class TransformerPlan:
                     f"{name}: the plan has {self.heads} heads of dimension {self.head_dim}, "
                     f"the model {heads} of {head_dim}. {remedy}"
                 )
-        if self.config is not None and config is not None and _sha256(config) != self.config_sha256:
+        if self.config is not None and config is not None and sha256_of(config) != self.config_sha256:
             ours, theirs = _differing(self.config, config)
             raise PlanError(
-                f"the plan was made for a {self.model_class} with {ours} (configuration {_short(self.config_sha256)}); "
-                f"this model has {theirs} ({_short(_sha256(config))}). {remedy}"
+                f"the plan was made for a {self.model_class} with {ours} "
+                f"(configuration {shortened(self.config_sha256)}); this model has {theirs} "
+                f"({shortened(sha256_of(config))}). {remedy}"
             )
 
 
@@ -222,6 +239,16 @@ class Plan(Mapping[str, TransformerPlan]):
     def __len__(self) -> int:
         return len(self._components)
 
+    def for_grid(self, grid: Grid) -> "Plan":
+        """Carry every transformer's plan to another grid, see `TransformerPlan.for_grid`."""
+        from .regrid import plan_for_grid
+
+        return plan_for_grid(self, grid)
+
+    def digest(self) -> str:
+        """SHA-256 over all that decides what runs; how a plan was made does not enter."""
+        return hashlib.sha256(repr([(name, plan.digest()) for name, plan in self.items()]).encode()).hexdigest()
+
     def save_pretrained(self, folder: str | os.PathLike, *, evaluation: Mapping[str, Any] | None = None) -> Path:
         """Write the plan as a folder with a model card, all of it or nothing.
 
@@ -240,10 +267,11 @@ class Plan(Mapping[str, TransformerPlan]):
     def write(self, folder: Path, *, evaluation: Mapping[str, Any] | None = None) -> None:
         """Write the plan into a folder that exists and is still private."""
         from .card import model_card
+        from .folder import write_component
 
         for name, plan in self.items():
             (folder / name).mkdir()
-            _write_component(plan, folder / name, list(self))
+            write_component(plan, folder / name, list(self))
         (folder / CARD).write_text(model_card(self, evaluation), encoding="utf-8")
 
     @classmethod
@@ -262,22 +290,24 @@ class Plan(Mapping[str, TransformerPlan]):
         Raises:
             PlanError: If there is no plan, or one that is damaged, incomplete or of a newer format.
         """
+        from .folder import DAMAGED, download, read_component
+
         folder = Path(source)
         if folder.is_dir() and revision is not None:
             raise PlanError(
                 f"a revision is for plans on the Hub; got {revision!r} with the folder {source}. Leave it out."
             )
         if not folder.is_dir():
-            folder = _download(str(source), revision, token)
+            folder = download(str(source), revision, token)
         found = [name for name in COMPONENTS if (folder / name / "plan.json").is_file()]
         if not found:
             raise PlanError(f"{source} holds no plan: expected {COMPONENTS[0]}/plan.json in it")
-        read = {name: _read_component(folder / name) for name in found}
+        read = {name: read_component(folder / name) for name in found}
         for name, (_, together) in read.items():
             if sorted(together) != sorted(found):
                 raise PlanError(
                     f"{folder / name} belongs to a plan of {', '.join(together)}; the folder has {', '.join(found)}. "
-                    f"{_DAMAGED}"
+                    f"{DAMAGED}"
                 )
         return cls({name: plan for name, (plan, _) in read.items()})
 
@@ -307,6 +337,8 @@ class Plan(Mapping[str, TransformerPlan]):
         """
         from huggingface_hub import HfApi
 
+        from .folder import files_of
+
         if not HUB_ID.fullmatch(repo_id):
             raise PlanError(f'a plan is pushed to a repository "owner/name"; got {repo_id!r}')
         api = HfApi(token=token)
@@ -315,7 +347,7 @@ class Plan(Mapping[str, TransformerPlan]):
             folder = self.save_pretrained(Path(scratch) / "plan", evaluation=evaluation)
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message="Upload attention plan", revision=revision,
-                delete_patterns=_files_of(COMPONENTS),
+                delete_patterns=files_of(COMPONENTS),
             ).commit_url  # fmt: skip
 
 
@@ -327,159 +359,9 @@ def _meant_for(component: str, plan: TransformerPlan) -> TransformerPlan:
     return plan
 
 
-def _write_component(plan: TransformerPlan, folder: Path, together: list[str]) -> None:
-    from .. import __version__
-
-    masks = {f"{name}.mask": layer.mask.bits.cpu().contiguous() for name, layer in plan.layers.items()}
-    version = PACKED if sum(bits.numel() for bits in masks.values()) >= PACKED_FROM else PLAIN
-    blob = save_tensors(pack(masks) if version == PACKED else masks)
-    (folder / "plan.safetensors").write_bytes(blob)
-    described = {
-        "format_version": version,
-        "paroattn_version": __version__,
-        "component": plan.component,
-        "components": together,
-        "model_class": plan.model_class,
-        "model": None if plan.config is None else {"config": dict(plan.config), "sha256": plan.config_sha256},
-        "heads": plan.heads,
-        "head_dim": plan.head_dim,
-        "grid": list(plan.grid),
-        "text": vars(plan.text),
-        "block": "x".join(map(str, plan.block)),
-        "phases": [vars(phase) for phase in plan.phases],
-        "layers": {
-            name: {"orders": list(layer.orders), "precision": [list(heads) for heads in layer.precision]}
-            for name, layer in plan.layers.items()
-        },
-        "made": dict(plan.made),
-        "tensors": {"file": "plan.safetensors", "sha256": hashlib.sha256(blob).hexdigest()},
-    }
-    described["sha256"] = _sha256(described)
-    text = json.dumps(described, indent=1, allow_nan=False)
-    (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _read_component(folder: Path) -> tuple[TransformerPlan, list[str]]:
-    """One transformer's plan, and the names of all components that were saved with it."""
-    path = folder / "plan.json"
-    try:
-        described = read_json(path)
-    except ValueError as error:
-        raise PlanError(f"{error}. {_DAMAGED}") from error
-    version = described.get("format_version")
-    if version not in FORMATS:
-        raise PlanError(
-            f"{path} has plan format {version}; this paroattn reads formats {', '.join(map(str, FORMATS))}. "
-            "Update paroattn."
-        )
-    try:
-        plan = _plan_from(described, load_tensors(_tensor_bytes(described, folder / "plan.safetensors")))
-        if described["component"] != folder.name:
-            raise PlanError(f"the plan is for {described['component']}; it lies in a folder {folder.name}. {_DAMAGED}")
-        _check_sums(described)
-        return plan, list(described["components"])
-    except PlanError as error:
-        raise PlanError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SafetensorError) as error:
-        raise PlanError(f"{path} is damaged: {error!r}. {_DAMAGED}") from error
-
-
-def _tensor_bytes(described: dict, path: Path) -> bytes:
-    """The file of tensors, no larger than the description allows and with the SHA-256 that it names."""
-    name, expected = described["tensors"].get("file", path.name), described["tensors"]["sha256"]
-    if name != path.name:
-        raise PlanError(f"the tensors must lie in {path.name} beside plan.json; got {name!r}. {_DAMAGED}")
-    if not path.is_file():
-        raise PlanError(f"there is no {path.name} beside plan.json. {_DAMAGED}")
-    grid, block = Grid(*described["grid"]), parse_block(described["block"])
-    rows = described["heads"] * len(described["phases"]) * blocks_of(grid.tokens, block[0])
-    largest = HEADER_BYTES + len(described["layers"]) * rows * blocks_of(blocks_of(grid.tokens, block[1]), 8)
-    if path.stat().st_size > largest:
-        raise PlanError(f"{path.name} must have at most {largest} bytes; got {path.stat().st_size}. {_DAMAGED}")
-    blob = path.read_bytes()
-    found = hashlib.sha256(blob).hexdigest()
-    if found != expected:
-        raise PlanError(
-            f"{path.name} has SHA-256 {_short(found)}, but plan.json expects {_short(expected)}: "
-            f"the file was cut short or changed. {_DAMAGED}"
-        )
-    return blob
-
-
-def _check_sums(described: dict) -> None:
-    """Check the description's own SHA-256, after all that has a better message."""
-    model = described["model"]
-    if model is not None and model["sha256"] != _sha256(model["config"]):
-        raise PlanError(
-            f"the model's configuration has SHA-256 {_short(_sha256(model['config']))}, but plan.json expects "
-            f"{_short(model['sha256'])}. {_DAMAGED}"
-        )
-    found = _sha256({name: value for name, value in described.items() if name != "sha256"})
-    if found != described["sha256"]:
-        raise PlanError(
-            f"plan.json has SHA-256 {_short(found)}, but says {_short(described['sha256'])}: it was changed after it "
-            f"was written. {_DAMAGED}"
-        )
-
-
-def _plan_from(described: dict, tensors: dict[str, torch.Tensor]) -> TransformerPlan:
-    grid, block = Grid(*described["grid"]), parse_block(described["block"])
-    if set(tensors) != {f"{name}.mask" for name in described["layers"]}:
-        raise PlanError("plan.safetensors and plan.json list different layers")
-    rows, key_blocks = (blocks_of(grid.tokens, size) for size in block)
-    if described["format_version"] == PACKED:
-        tensors = unpack(tensors, (len(described["phases"]), described["heads"], rows, blocks_of(key_blocks, 8)))
-    return TransformerPlan(
-        model_class=described["model_class"],
-        heads=described["heads"],
-        head_dim=described["head_dim"],
-        grid=grid,
-        text=TextSpan(**described["text"]),
-        block=block,
-        phases=tuple(Phase(**phase) for phase in described["phases"]),
-        layers={
-            name: LayerPlan(
-                orders=tuple(layer["orders"]),
-                mask=BlockMask(tensors[f"{name}.mask"], key_blocks, block),
-                precision=tuple(tuple(heads) for heads in layer["precision"]),
-            )
-            for name, layer in described["layers"].items()
-        },
-        made=described["made"],
-        config=described["model"] and described["model"]["config"],
-        component=described["component"],
-    )
-
-
-def _files_of(components: Iterable[str]) -> list[str]:
-    return [f"{name}/{file}" for name in components for file in ("plan.json", "plan.safetensors")]
-
-
-def _download(source: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    nowhere = f"{source!r} is neither a folder nor a plan on the Hugging Face Hub"
-    if not HUB_ID.fullmatch(source):
-        raise PlanError(f'{nowhere}, whose ids are "owner/name". Check the path.')
-    try:
-        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=_files_of(COMPONENTS)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        where = f" at revision {revision!r}" if revision else ""
-        raise PlanError(f"{nowhere}{where}: {error}") from error
-
-
 def _as_json(value: Any) -> Any:
     """The value as JSON keeps it: tuples are lists, and what JSON does not know is its name."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _short(digest: Any) -> str:
-    return f"{str(digest)[:16]}…"
 
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,65 +1,106 @@
-"""Makes a plan from statistics: an order per head, then the blocks worth their time under one density.
+"""Makes a plan from statistics: an order per head, then the blocks worth their time under one knob.
 
 Budgets say what competes with what. "per_head": the blocks of one head in one phase, all at the same density.
 "global": all blocks of the model under one threshold. "layer_normalised": the same after dividing each layer's scores
 by its own output power, so that layers with large activations do not starve the others.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
-from ..grid import ORDERS, check_order
+from ..capture.regrid import RegriddedStatistics
+from ..grid import check_order
 from ..phases import Phase, check_ends, phase_at, phases_of
 from ..precision import Precision
-from .plan import LayerPlan, TransformerPlan
+from .cost import Call, TimeUnknown
+from .curve import Curve, Prices, described
+from .plan import CARRIED, LayerPlan, TransformerPlan
 from .scores import MASK_SCORES, ORDER_SCORES
-from .threshold import select
+from .threshold import select, tally
+from .workloads import known_model
 
+TARGETS = ("density", "error", "speedup")
 BUDGETS = ("global", "per_head", "layer_normalised")
 PHASE_ENDS = (0.25, 0.5, 0.75, 1.0)
+DENSITY = 0.25
+"""Where no target is given; also where orders are first compared when the density is what is looked for."""
+GPU = "NVIDIA H200"
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a plan should be.
+    """What a plan should be: one target, and how it is reached.
 
     Attributes:
-        density: Kept video blocks over all, above 0 and at most 1.
+        density: Kept video blocks over all, above 0 and at most 1; 0.25 if no target is given.
         order_score: How orders are compared; "none" keeps the model's own order.
         mask_score: How blocks are compared.
         budget: Which blocks compete.
-        orders: Candidate orders; the statistics must hold them.
+        orders: Candidate orders; the statistics must hold them. None: all that they hold, which for a calibration are
+            the six axis orders and the tiles.
         phase_ends: Shares of the calibration schedule's steps at which phases end.
         precision: Precision of every head. None: fp32, or the model's own dtype where it is known.
         sensitivity: Weigh predicted errors by what the calibration found phases and layers to matter for the finished
             sample, if it measured that; with the budget "layer_normalised".
+        error: Instead of a density, the predicted relative squared error: of the finished sample if the calibration
+            measured sensitivity, else of attention's output. `curve.error_of` turns dB into it.
+        speedup: Instead of a density, how many times faster one compiled forward of the transformer is predicted to be
+            than with dense attention.
+        gpu: Where times are predicted.
     """
 
-    density: float = 0.25
+    density: float | None = None
     order_score: str = "output_error"
     mask_score: str = "output_error"
     budget: str = "layer_normalised"
-    orders: tuple[str, ...] = ORDERS
+    orders: tuple[str, ...] | None = None
     phase_ends: tuple[float, ...] = PHASE_ENDS
     precision: str | None = None
     sensitivity: bool = True
+    error: float | None = None
+    speedup: float | None = None
+    gpu: str = GPU
 
     def __post_init__(self):
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1; got {self.density}")
+        self._check_target()
         for name, allowed in (("order_score", ORDER_SCORES), ("mask_score", MASK_SCORES), ("budget", BUDGETS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if not self.orders:
+        if self.orders is not None and not self.orders:
             raise ValueError(f"candidate orders must be given; got {self.orders}")
-        for order in self.orders:
+        for order in self.orders or ():
             check_order(order)
         check_ends(self.phase_ends)
         Precision.parse(self.precision or "fp32")
+
+    def _check_target(self) -> None:
+        given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+        if len(given) > 1:
+            raise ValueError(f"one of {', '.join(TARGETS)} must be given; got {' and '.join(given)}. Leave one out.")
+        if not given:
+            object.__setattr__(self, "density", DENSITY)
+        elif self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1; got {self.density}")
+        for name in ("error", "speedup"):
+            if name in given and not 0 < given[name] < float("inf"):
+                raise ValueError(f"a target {name} must be above 0; got {given[name]}")
+        if self.density is None and self.budget == "per_head":
+            raise ValueError("a target error or speed-up needs one threshold; got the budget per_head. Give a density.")
+        if self.error is not None and (self.mask_score, self.budget) != ("output_error", "layer_normalised"):
+            raise ValueError(
+                "a target error needs blocks scored by output_error under the budget layer_normalised; got "
+                f"{self.mask_score} and {self.budget}. Give a density."
+            )
+
+    def at(self, density: float, **changes: Any) -> "PlanSettings":
+        """The same with a density as target."""
+        return replace(self, density=density, error=None, speedup=None, **changes)
 
     def check_measured(self, capture: CaptureSettings) -> None:
         """Check that a calibration measures all that this plan needs.
@@ -67,7 +108,7 @@ class PlanSettings:
         Raises:
             ValueError: If an order or the paper's statistics are missing.
         """
-        needed = (*self.orders, "FHW") if self.order_score == "none" else self.orders
+        needed = (*(self.orders or ()), *(("FHW",) if self.order_score == "none" else ()))
         missing = [order for order in needed if order not in capture.orders]
         if missing:
             raise ValueError(
@@ -93,23 +134,15 @@ def make_plan(
         device: Where scores are compared; by default the CPU, or for statistics in 8 bits a GPU if there is one.
 
     Raises:
-        ValueError: If the statistics lack a candidate order or a map, or hold no layer.
+        ValueError: If the statistics lack a candidate order or a map, or hold no layer; or if a target error or
+            speed-up is out of reach, or times are not known that it needs.
     """
     settings = settings or PlanSettings()
-    settings.check_measured(statistics.settings)
-    if not statistics.layers:
-        raise ValueError("the statistics must hold at least one layer; got none. Calibrate again.")
-    phases = phases_of(statistics.noise_levels, settings.phase_ends)
-    chosen = {layer: choose_orders(statistics, layer, settings) for layer in statistics.layers}
-    if device is None:
-        device = "cuda" if statistics.settings.codes and torch.cuda.is_available() else "cpu"
-    maps = _Maps(statistics, chosen, phases, settings, device)
-    if settings.budget == "per_head":
-        masks = ((layer, maps.each_head(layer)) for layer in chosen)
-    else:
-        steps = [round(phase.share * len(statistics.noise_levels)) for phase in phases]
-        masks = select(list(chosen), steps, maps.ranked, settings.density)
+    draft = Draft(statistics, settings, device)
     names = statistics.settings.orders
+    made = {"settings": asdict(settings), "calibration": statistics.made}
+    if draft.curve is not None:
+        made["curve"] = described(draft.curve, draft.density)
     return TransformerPlan(
         model_class=statistics.model_class,
         heads=statistics.heads,
@@ -117,19 +150,104 @@ def make_plan(
         grid=statistics.layout.grid,
         text=statistics.layout.text,
         block=statistics.settings.block,
-        phases=phases,
+        phases=draft.phases,
         layers={
             layer: LayerPlan(
-                orders=tuple(names[index] for index in chosen[layer].tolist()),
+                orders=tuple(names[index] for index in draft.chosen[layer].tolist()),
                 mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
-                precision=((settings.precision or "fp32",) * statistics.heads,) * len(phases),
+                precision=((settings.precision or "fp32",) * statistics.heads,) * len(draft.phases),
             )
-            for layer, kept in masks
+            for layer, kept in draft.masks()
         },
-        made={"settings": asdict(settings), "calibration": statistics.made},
+        made=made | _carried(statistics),
         config=statistics.made.get("config"),
         component=statistics.made.get("component"),
     )
+
+
+class Draft:
+    """A plan before its masks: orders, scores, the curve that they allow, and the density that meets the target.
+
+    Args:
+        statistics, settings, device: As in `make_plan`.
+
+    Attributes:
+        phases: Spans of the schedule.
+        chosen: Index into the statistics' orders for each head, by layer.
+        curve: What every density loses and takes; None for the budget "per_head", under which there is none.
+        density: What the target comes to.
+
+    Raises:
+        ValueError: As `make_plan`, or if the target is out of reach.
+    """
+
+    def __init__(self, statistics: Statistics, settings: PlanSettings, device: str | None = None):
+        settings.check_measured(statistics.settings)
+        if not statistics.layers:
+            raise ValueError("the statistics must hold at least one layer; got none. Calibrate again.")
+        if device is None:
+            device = "cuda" if statistics.settings.codes and torch.cuda.is_available() else "cpu"
+        self.statistics, self.settings, self.device = statistics, settings, device
+        self.phases = phases_of(statistics.noise_levels, settings.phase_ends)
+        self._costs = [round(phase.share * len(statistics.noise_levels)) for phase in self.phases]
+        self._follow(settings.density or DENSITY)
+        if settings.density is None:
+            density = self._target()
+            if not statistics.chosen:
+                self._follow(density)
+                density = self._target()
+            self.density = density
+
+    def masks(self) -> Iterator[tuple[str, Tensor]]:
+        """Every layer and its kept blocks, bool (phases, heads, Nq, Nk)."""
+        if self.settings.budget == "per_head":
+            return ((layer, self._maps.each_head(layer)) for layer in self.chosen)
+        return select(list(self.chosen), self._costs, self._maps.ranked, self.density, self._tally)
+
+    def _follow(self, density: float) -> None:
+        """Choose orders for a density, and count blocks by their scores then."""
+        at, statistics = self.settings.at(density), self.statistics
+        self.density = density
+        self.chosen = {layer: choose_orders(statistics, layer, at) for layer in statistics.layers}
+        self._maps = _Maps(statistics, self.chosen, self.phases, at, self.device)
+        self._tally = self.curve = None
+        if at.budget != "per_head":
+            self._tally = tally(list(self.chosen), self._costs, self._maps.ranked)
+            prices, why = _prices(statistics, self.settings)
+            weighed = bool(statistics.level_weights) and at.sensitivity and at.budget == "layer_normalised"
+            shares = [phase.share for phase in self.phases]
+            self.curve = Curve(self._tally, shares, of_sample=weighed, prices=prices, why=why)
+
+    def _target(self) -> float:
+        """The density that meets a target error or speed-up."""
+        assert self.curve is not None
+        if self.settings.error is not None:
+            return self.curve.density_at_error(self.settings.error)
+        assert self.settings.speedup is not None
+        return self.curve.density_at_speedup(self.settings.speedup)
+
+
+def _prices(statistics: Statistics, settings: PlanSettings) -> tuple[Prices | None, str]:
+    """What blocks cost, or why that is not known."""
+    sizes = statistics.heads, statistics.head_dim
+    call, layout = Call(statistics.layout.tokens, *sizes), statistics.layout
+    model, why = None, ""
+    try:
+        model = known_model(statistics.model_class, *sizes, len(statistics.layers), statistics.made.get("config"))
+    except ValueError as unknown:
+        why = str(unknown)
+    try:
+        block, precision = statistics.settings.block, settings.precision or "fp32"
+        return Prices.of(settings.gpu, layout, call, block, precision, model), why
+    except TimeUnknown as unknown:
+        return None, str(unknown)
+
+
+def _carried(statistics: Statistics) -> dict[str, list[str]]:
+    """The grid that was measured, if it is another than the plan's."""
+    if not isinstance(statistics, RegriddedStatistics):
+        return {}
+    return {CARRIED: [str(statistics.measured.layout.grid)]}
 
 
 def predicted_error(statistics: Statistics, plan: TransformerPlan, settings: PlanSettings) -> Tensor:
@@ -138,15 +256,29 @@ def predicted_error(statistics: Statistics, plan: TransformerPlan, settings: Pla
     Weighed as `settings` say; the sum is then the relative squared error that is expected of the finished sample, as
     long as errors are small and add up.
     """
-    names = list(statistics.settings.orders)
-    chosen = {name: torch.tensor([names.index(order) for order in layer.orders]) for name, layer in plan.layers.items()}
-    maps = _Maps(statistics, chosen, plan.phases, settings, "cpu")
+    scores = block_scores(statistics, plan, settings)
     found = torch.zeros(len(plan.layers), len(plan.phases), dtype=torch.float64)
     for row, (name, layer) in enumerate(plan.layers.items()):
         for column, phase in enumerate(plan.phases):
             dropped = ~layer.mask[column].dense()
-            found[row, column] = phase.share * maps.ranked(name, column)[dropped].double().sum()
+            found[row, column] = phase.share * scores(name, column)[dropped].double().sum()
     return found
+
+
+def block_scores(statistics: Statistics, plan: TransformerPlan, settings: PlanSettings) -> Callable[[str, int], Tensor]:
+    """What makes the scores of a layer and phase in a plan's orders, (H, Nq, Nk); infinite for each row's heaviest.
+
+    Raises:
+        ValueError: If the statistics do not hold the plan's orders.
+    """
+    names = list(statistics.settings.orders)
+    if missing := {order for layer in plan.layers.values() for order in layer.orders} - set(names):
+        raise ValueError(
+            f"the statistics must hold the plan's orders; got {', '.join(names)} without {', '.join(sorted(missing))}. "
+            "Give those that the plan was made from."
+        )
+    chosen = {name: torch.tensor([names.index(order) for order in layer.orders]) for name, layer in plan.layers.items()}
+    return _Maps(statistics, chosen, plan.phases, settings, "cpu").ranked
 
 
 def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) -> Tensor:
@@ -156,7 +288,7 @@ def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) ->
         ValueError: If the calibration chose already, and what it chose is no candidate.
     """
     names = list(statistics.settings.orders)
-    allowed = ("FHW",) if settings.order_score == "none" else settings.orders
+    allowed = ("FHW",) if settings.order_score == "none" else settings.orders or statistics.settings.orders
     if statistics.chosen:
         chosen = statistics.chosen[layer]
         if excluded := sorted(set(chosen) - set(allowed)):
@@ -168,8 +300,9 @@ def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) ->
     score_of = ORDER_SCORES[settings.order_score]
     if score_of is None:
         return torch.full((statistics.heads,), names.index("FHW"))
-    candidates = torch.tensor([names.index(order) for order in settings.orders])
-    return candidates[score_of(statistics, layer, settings.density)[candidates].argmin(0)]
+    candidates = torch.tensor([names.index(order) for order in allowed])
+    density = settings.density or DENSITY
+    return candidates[score_of(statistics, layer, density)[candidates].argmin(0)]
 
 
 class _Maps:
@@ -211,7 +344,7 @@ class _Maps:
         for phase in range(len(self.levels)):
             ranked = self.ranked(layer, phase)
             flat = ranked.flatten(-2)
-            count = max(ranked.shape[-2], int(self.settings.density * flat.shape[-1]))
+            count = max(ranked.shape[-2], int((self.settings.density or DENSITY) * flat.shape[-1]))
             best = flat.topk(count, -1).indices
             kept.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True).view(ranked.shape))
         return torch.stack(kept)

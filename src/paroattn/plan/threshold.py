@@ -6,6 +6,7 @@ finds the threshold exactly, and once to be compared with it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +19,39 @@ CERTAIN = 0x7F800000
 TOLERANCE = 1e-9
 
 
+@dataclass(frozen=True)
+class Tally:
+    """How many blocks have which score.
+
+    Attributes:
+        costs: What a block of each phase costs.
+        counts: Blocks by layer, phase and upper half of their score's bits, (layers, phases, 2¹⁵) int64.
+    """
+
+    costs: tuple[int, ...]
+    counts: Tensor
+
+
+def tally(layers: Sequence[str], costs: Sequence[int], scores: Callable[[str, int], Tensor]) -> Tally:
+    """Count blocks by the upper half of their score's bits; arguments as in `select`."""
+    counts = torch.zeros(len(layers), len(costs), BINS // 2, dtype=torch.int64)
+    for row, layer in enumerate(layers):
+        for phase in range(len(costs)):
+            for part in _bits(scores, layer, phase).flatten().split(AT_ONCE):
+                counts[row, phase] += torch.bincount(part >> HALF, minlength=BINS // 2).cpu()
+    return Tally(tuple(costs), counts)
+
+
+def _bits(scores: Callable[[str, int], Tensor], layer: str, phase: int) -> Tensor:
+    return scores(layer, phase).contiguous().abs_().view(torch.int32)  # -0.0 has a bit set
+
+
 def select(
-    layers: Sequence[str], costs: Sequence[int], scores: Callable[[str, int], Tensor], density: float
+    layers: Sequence[str],
+    costs: Sequence[int],
+    scores: Callable[[str, int], Tensor],
+    density: float,
+    counted: Tally | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Keep the blocks with the highest scores until the density is spent.
 
@@ -31,6 +63,7 @@ def select(
         scores: Makes the scores of a layer and phase, (heads, Nq, Nk) float32, 0 or more, the same ones every time,
             in a new tensor; infinity keeps a block in any case.
         density: Share of the cost of all blocks that may be kept.
+        counted: What `tally` made of the same.
 
     Yields:
         Every layer's name and its kept blocks, bool (phases, heads, Nq, Nk).
@@ -38,13 +71,9 @@ def select(
     phases = range(len(costs))
 
     def bits(layer: str, phase: int) -> Tensor:
-        return scores(layer, phase).contiguous().abs_().view(torch.int32)  # -0.0 has a bit set
+        return _bits(scores, layer, phase)
 
-    upper = torch.zeros(len(costs), BINS // 2, dtype=torch.int64)
-    for layer in layers:
-        for phase in phases:
-            for part in bits(layer, phase).flatten().split(AT_ONCE):
-                upper[phase] += torch.bincount(part >> HALF, minlength=BINS // 2).cpu()
+    upper = (counted or tally(layers, costs, scores)).counts.sum(0)
     weights = torch.tensor(costs)
     left = int((density + TOLERANCE) * float((upper.sum(1) * weights).sum()))
     certain = CERTAIN >> HALF
