@@ -83,8 +83,8 @@ def attention(
     def run(q: Tensor, k: Tensor, v: Tensor, part: BlockMask, order: Tensor, precision: str) -> tuple[Tensor, Tensor]:
         launch_order = part.launch_order if q.is_cuda or impl == "triton" else None
         return torch.ops.paroattn.attention(
-            q, k, v, part.bits, part.key_blocks, *part.block, launch_order, table, order, valid_tokens, precision,
-            scale, return_lse, impl,
+            q, k, v, part.bits, part.key_blocks, *part.block, launch_order, table, order, valid_tokens, text_tokens,
+            precision, scale, return_lse, impl,
         )  # fmt: skip
 
     if torch.compiler.is_compiling():

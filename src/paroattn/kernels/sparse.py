@@ -242,6 +242,7 @@ def sparse_attention(
     precision: Precision,
     softmax_scale: float,
     valid_tokens: Tensor | None = None,
+    text_tokens: int = 0,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention on a GPU: arguments and results of `reference_attention`, lse on request.
@@ -257,7 +258,7 @@ def sparse_attention(
     with torch.cuda.device_of(q):
         operands = prepare(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
-            softmax_scale=softmax_scale, with_shift=return_lse,
+            softmax_scale=softmax_scale, with_shift=return_lse, text_tokens=text_tokens,
         )  # fmt: skip
         tile = tile_of(capability(q.device), precision, mask.block, operands.q.shape[-1])
         return attend(
