@@ -993,6 +993,36 @@ class TestCompilation:
         assert difference(forward(compiled, **inputs), expected) < 1e-5
         assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (2, {})
 
+    @pytest.mark.parametrize(("impl", "names", "block"), [("reference", ("int4", "int8"), BLOCK),
+                                                          ("triton", ("int8", "fp16"), (64, 64))])  # fmt: skip
+    def test_layers_with_other_heads_in_int4_share_one_graph_and_follow_the_phase(self, impl, names, block):
+        layers, grid, heads = tuple(f"blocks.{index}.attn1" for index in range(3)), Grid(2, 7, 6), 6
+        plan = random_plan(layers, phases=TWO_PHASES, block=block, grid=grid, heads=heads)
+        each = [tuple(names[head % 3 == index or head < index] for head in range(heads)) for index in range(3)]
+        mixed = zip(plan.layers.items(), each, strict=True)
+        plan = replace(plan, layers={name: replace(layer, precision=(own,) * 2) for (name, layer), own in mixed})
+        assert {sum(name == "int8" for name in layer.precision[0]) for layer in plan.layers.values()} == {2, 3, 4}
+        inputs = wan_inputs(latents=(4, 2, 14, 12))
+        plain, compiled = tiny_wan(layers=3, heads=heads), tiny_wan(layers=3, heads=heads)
+        for model in (plain, compiled):
+            apply(model, plan, impl=impl)
+        compiled.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for level in (0.9, 0.1):
+                set_noise_level(plain, level)
+                set_noise_level(compiled, level)
+                assert difference(forward(compiled, **inputs), forward(plain, **inputs)) < 1e-5
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        whole: Any = hook_of(plain)
+        for layer in whole.layers.values():  # groups are kept from phase to phase; told apart, heads are the same
+            groups, operands = layer.operands.groups, layer.operands
+            assert [group.precision for group in groups] == sorted(names)
+            assert sorted(torch.cat([group.heads for group in groups]).tolist()) == list(range(heads))
+            for group in groups:
+                assert torch.equal(group.mask.bits, operands.mask.bits[group.heads])
+                assert torch.equal(group.order, operands.order[group.heads])
+                assert {operands.precision[head] for head in group.heads.tolist()} == {group.precision}
+
     @pytest.mark.parametrize("how", ["compiled in place", "wrapped"])
     def test_a_whole_model_is_one_graph_whatever_the_step(self, how):
         plain, model = tiny_wan(), tiny_wan()

@@ -11,7 +11,7 @@ from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, TextSpan
 from paroattn.kernels.attention import attention
 from paroattn.kernels.planned import operands_of
-from paroattn.kernels.resident import ResidentMask
+from paroattn.kernels.resident import ResidentGroups, ResidentMask
 from paroattn.phases import Phase
 from paroattn.plan import folder, packing
 from paroattn.plan.packing import PackedMask, pack, unpack_all
@@ -137,6 +137,23 @@ def test_another_phase_is_another_object_so_that_nothing_kept_for_the_one_before
         mixed = {"precision": ("fp32", "int8"), "impl": "reference"}  # heads apart, whose masks are kept
         found = attention(q, k, v, resident.follow(phase), **mixed)
         assert torch.equal(found, attention(q, k, v, _mask()[phase], **mixed))
+
+
+def test_groups_of_heads_stay_in_the_same_memory_and_follow_the_phase():
+    mask, order = _mask(), torch.arange(HEADS, dtype=torch.int32)
+    by_phase = [["int8", "fp32"], ["int4", "fp32"], ["int8", "fp32"]]
+    groups = ResidentGroups(by_phase, mask, order, (GRID.tokens, 9), launch_order=True)
+    places = set()
+    for phase in (0, 2, 1, 0):
+        found, whole = groups.follow(phase), mask[phase].with_text(GRID.tokens, 9)
+        assert [group.precision for group in found] == ["fp32", by_phase[phase][0]]
+        for group, head in zip(found, (1, 0), strict=True):
+            assert (group.heads.tolist(), group.order.tolist()) == ([head], [head])
+            part = BlockMask(whole.bits[[head]], whole.key_blocks, whole.block)
+            assert torch.equal(group.mask.bits, part.bits)
+            assert torch.equal(group.mask.launch_order, part.launch_order)
+        places.add(tuple(group.mask.bits.data_ptr() for group in found))
+    assert len(places) == 1
 
 
 def test_on_a_cpu_the_plan_s_own_memory_is_read():

@@ -116,7 +116,7 @@ def off_by_one(got: Tensor, expected: Tensor) -> float:
     return difference.mean().item()
 
 
-def like_the_reference(case: Case, precision: str, decibels: float, lse_error: float, **settings) -> None:
+def like_the_reference(case: Case, precision: Any, decibels: float, lse_error: float, **settings) -> None:
     out, lse = case.run(precision, **settings)
     expected, expected_lse = case.run(precision, "reference", **settings)
     real = case.real
@@ -275,6 +275,10 @@ def test_int4_attention_is_the_reference_s(precision):
     dtype = torch.float16 if precision.endswith("fp16") else torch.float32
     case = Case(TextSpan(23, "prefix"), True, (64, 128), 64, dtype=dtype)
     like_the_reference(case, precision, 40 if precision == "int4" else 50, 0.15)
+
+
+def test_heads_in_int4_and_int8_are_the_reference_s():
+    like_the_reference(Case(TextSpan(23, "prefix"), True), ["int4", "int8", "int4"], 40, 0.15)
 
 
 @layouts

@@ -142,7 +142,8 @@ def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> 
     for transformer in transformers_of(pipe).values():
         attentions = self_attentions(transformer)
         heads, head_dim = head_size(next(iter(attentions.values())))
-        rates.kernel(head_dim, capture.block, settings.precision or own_precision(pipe))
+        precision = settings.each_precision if settings.precision else own_precision(pipe)
+        rates.kernel(head_dim, capture.block, precision)
         known_model(type(transformer).__name__, heads, head_dim, len(attentions), own_config(transformer))
 
 
