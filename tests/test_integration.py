@@ -52,6 +52,7 @@ from paroattn.integration.models import ModelSpec, latent_grid, register_model, 
 from paroattn.integration.processor import planned_processor
 from paroattn.integration.schedule import noise_levels
 from paroattn.phases import Phase
+from paroattn.plan.card import model_card
 from paroattn.plan.plan import LayerPlan, Plan, PlanError
 
 contexts_know_the_step = pytest.mark.skipif(not hasattr(hooks, "CacheContext"), reason="needs diffusers 0.41")
@@ -783,6 +784,25 @@ class TestReport:
         forward(model)
         found = report(model).to_dict()["transformer"]["layers"]
         assert [row["phases"][0]["impl"] for row in found.values()] == ["cpu + reference"] * 2
+
+    def test_the_share_of_the_heads_in_each_precision_is_that_of_what_is_applied(self):
+        model, plan = tiny_wan(heads=4), random_plan(heads=4, phases=TWO_PHASES)
+        each = (("int8", "int8", "int4", "int8"), ("int8", "int4", "int4", "int4"))
+        first, *others = plan.layers
+        layers = {first: replace(plan.layers[first], precision=each)}
+        layers |= {name: replace(plan.layers[name], precision=(("int8",) * 4,) * 2) for name in others}
+        plan = replace(plan, layers=layers)
+        share = sum(phase.share * heads.count("int4") / 4 for phase, heads in zip(TWO_PHASES, each, strict=True))
+        share /= len(layers)
+        assert plan.precision_shares() == pytest.approx({"int8": 1 - share, "int4": share})
+        assert f"| precision | int8 ({1 - share:.0%}), int4 ({share:.0%}) |" in model_card(Plan({"transformer": plan}))
+        apply(model, plan)
+        found = report(model)
+        assert found.to_dict()["transformer"]["precision"] == pytest.approx({"int8": 1 - share, "int4": share})
+        assert f"precision of the heads: int8 {1 - share:.0%}, int4 {share:.0%}" in str(found)
+        remove(model)
+        apply(model, plan, precision="bf16")
+        assert report(model).to_dict()["transformer"]["precision"] == {"bf16": 1.0}
 
     def test_before_the_first_call_nothing_is_claimed(self):
         model = tiny_wan()

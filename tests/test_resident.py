@@ -9,6 +9,7 @@ import torch
 
 from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, TextSpan
+from paroattn.kernels import attention as public
 from paroattn.kernels.attention import attention, attention_by_group
 from paroattn.kernels.planned import operands_of
 from paroattn.kernels.resident import ResidentGroups, ResidentMask
@@ -156,6 +157,17 @@ def test_groups_of_heads_stay_in_the_same_memory_and_follow_the_phase():
     assert len(places) == 1
 
 
+def test_a_captured_call_looks_into_the_mask_s_memory_for_some_heads(monkeypatch):
+    resident = ResidentMask(_mask(), (GRID.tokens, 0), CPU, launch_order=False, overwrite=True)
+    first = resident.follow(0)
+    kept, index = public._some_heads(first, [1])
+    resident.follow(1)
+    assert public._some_heads(first, [1])[0] is kept and not torch.equal(kept.bits, first.bits[[1]])
+    monkeypatch.setattr(public, "_capturing", lambda bits: True)
+    now, same = public._some_heads(first, [1])
+    assert torch.equal(now.bits, _mask()[1].bits[[1]]) and same is index
+
+
 def test_on_a_cpu_the_plan_s_own_memory_is_read():
     mask = _mask()
     resident = ResidentMask(mask, (GRID.tokens, 0), CPU, launch_order=False)
@@ -223,3 +235,5 @@ def test_on_a_gpu_a_captured_call_of_two_precisions_follows_the_phase():
         ]  # fmt: skip
         expected.append(torch.cat(parts, 2))
     _follows(resident.follow, lambda: attention_by_group(*qkv, groups, table=table), expected)
+    whole = ResidentMask(mask, (512, 0), torch.device("cuda"), launch_order=True)
+    _follows(whole.follow, lambda: attention(*qkv, whole.follow(0), precision=names), expected)

@@ -67,8 +67,8 @@ def calibrate(
         prompts: Calibration prompts.
         density: Kept video blocks over all, above 0 and at most 1; the target of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
-        precision: Precision of every head, or "auto" for INT4 or INT8 in each; that of `settings`, or the transformer's own
-            dtype, by default.
+        precision: Precision of every head, or "auto" for INT4 or INT8 in each; that of `settings`, or the
+            transformer's own dtype, by default.
         capture: What to measure; what `settings` needs, on every query row, by default.
         settings: What else the plan should be.
         exact: Measure everything; by default if that takes at most 1 GiB.

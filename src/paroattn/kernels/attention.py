@@ -253,7 +253,7 @@ def _check_order(table: Tensor | None, order: Tensor | None, q: Tensor) -> tuple
 
 def _check_order_values(table: Tensor, order: Tensor) -> None:
     """Look at the values of a table and an order when they are first seen, where looking stalls no GPU for long."""
-    if torch.compiler.is_compiling() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or _capturing(table):
         return
     pair = id(table), id(order)
     known = _checked_pairs.get(pair)
@@ -321,9 +321,16 @@ def _some_heads(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
     known, key = _parts.setdefault(mask, {}), tuple(heads)
     if key not in known:
         known[key] = _select(mask, heads)
-    return known[key]
+    part, index = known[key]
+    if _capturing(mask.bits):  # a CUDA graph reads what is in the mask's memory when it runs
+        part = BlockMask(mask.bits[index], mask.key_blocks, mask.block)
+    return part, index
 
 
 def _select(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
     index = torch.tensor(heads, device=mask.bits.device)
     return BlockMask(mask.bits[index], mask.key_blocks, mask.block), index
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
