@@ -38,7 +38,7 @@ from records import environment, merge
 OUT = Path(__file__).parent / "results" / "compile_report.json"
 KEY = ("kernel", "arch", "precision", "block", "head_dim", "dtype", "variant")
 ARCHES = (80, 89, 90)
-PRECISIONS = ("int8/fp8", "int8/int8", "int8/bf16", "bf16/int8", "bf16/bf16")
+PRECISIONS = ("int8/fp8", "int8/int8", "int4/int4", "int8/bf16", "bf16/int8", "bf16/bf16")
 BLOCKS = ("64x64", "64x128", "128x128")
 HEADS = (64, 128)
 COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}

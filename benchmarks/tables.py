@@ -298,6 +298,34 @@ def attention() -> str:
     )
 
 
+def by_product(line: tuple[str, str]) -> bool:
+    """Q·K first."""
+    return line[0] != "QK"
+
+
+def four_bits() -> str:
+    """Whole samples in INT4: ingredients, cumulative from line to line within a product, then mixtures with INT8."""
+    rows = rows_of("int4")
+    if not rows:
+        return NOTHING
+    names = {"qk": "Q·K", "pv": "P·V", "qk+pv": "both", "0.5": "density 0.5"}
+
+    def place(what: str) -> int:
+        return list(names).index(what.removeprefix("0.5+"))
+
+    lines = [
+        ["density 0.5, " * row["what"].startswith("0.5+") + names[row["what"].removeprefix("0.5+")],
+         "; ".join(row["ingredients"]) if row["heads"] is None and row["ingredients"] else "–",
+         f"{row['heads_int4']:.0%}{', ' * bool(row['heads'])}{row['heads'] or ''}", f"{row['psnr_mean']:.1f}"]
+        for row in sorted(rows, key=lambda row: (bool(row["heads"]), place(row["what"]), row["heads"] or "",
+                                                 row["heads_int4"], len(row["ingredients"])))
+    ]  # fmt: skip
+    first = rows[0]
+    about = f"{first['clips']} clips of {first['steps']} steps at guidance {first['guidance']:g}"
+    note = f"\n{about}; heads that are not in INT4 are in INT8, all of them as they ship. {where(rows)}.\n"
+    return table(["in INT4", "made of", "heads in INT4", "PSNR, dB"], lines) + note
+
+
 def numerics() -> str:
     """Ingredients of the integer formats, cumulative from line to line within a product."""
     rows = rows_of("numerics_cpu")
@@ -305,9 +333,11 @@ def numerics() -> str:
         return "Not measured yet.\n"
     found = {(row["product"], row["variant"], row["format"]): row for row in rows}
     lines = []
-    for product, variant in dict.fromkeys((row["product"], row["variant"]) for row in rows):
-        cells = [found[product, variant, form] for form in ("int8", "int4")]
-        values = [f"{'**' * row['shipped']}{row['sqnr_db']:.1f}{'**' * row['shipped']}" for row in cells]
+    for product, variant in sorted(dict.fromkeys((row["product"], row["variant"]) for row in rows), key=by_product):
+        cells = [found.get((product, variant, form)) for form in ("int8", "int4")]
+        values = [
+            f"{'**' * row['shipped']}{row['sqnr_db']:.1f}{'**' * row['shipped']}" if row else "–" for row in cells
+        ]
         lines.append([f"{'Q·K' if product == 'QK' else 'P·V'}: {variant}", *values])
     note = f"\nMean over {rows[0]['maps']} layers and steps; what ships is bold. {where(rows)}.\n"
     return table(["signal to noise of the attention output, dB", "INT8", "INT4"], lines) + note
@@ -654,6 +684,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "joint": joint,
     "attention": attention,
     "numerics": numerics,
+    "four-bits": four_bits,
     "attention-gpu": attention_gpu,
     "attention-gpu-short": attention_gpu_short,
     "kernels-gpu": kernels_gpu,

@@ -119,7 +119,7 @@ def test_an_error_far_above_the_reference_s_own_is_wrong_even_if_close_to_it():
     assert selfcheck._timed("kernel", 0.01, lambda: (0.02, 0.02, 0.0101)).problem is not None
 
 
-@pytest.mark.parametrize(("capability", "precisions"), [((8, 0), 2), ((8, 9), 3), ((9, 0), 3)])
+@pytest.mark.parametrize(("capability", "precisions"), [((8, 0), 3), ((8, 9), 4), ((9, 0), 4)])
 def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability, precisions, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     found = selfcheck.configurations(torch.device("cuda"))

@@ -130,7 +130,7 @@ def test_masks_orders_and_precision_are_those_of_the_heads_of_a_rank_in_every_ph
     layer = replace(plan.layers["blocks.0.attn1"], precision=(("fp32", "int8") * 4, ("int8",) * 3 + ("fp32",) * 5))
     two, order = Ranks(None, rank, 2, "", True), torch.arange(8, dtype=torch.int32)
     table, layout = torch.zeros(8, plan.grid.tokens, dtype=torch.int32), Layout(plan.grid)
-    followed = Followed(layer, order, table, layout, torch.device("cpu"), two, launch_order=False)
+    followed = Followed(layer, order, table, layout, torch.device("cpu"), two, launch_order=False, mixed=True)
     for phase in (0, 1, 0):
         found = followed.follow(phase, layer.precision[phase])
         assert followed.follow(phase, layer.precision[phase]) is found

@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ..grid import Layout, TextSpan
-from ..kernels.attention import attention, what_runs
+from ..kernels.attention import attention, attention_by_group, what_runs
 from ..kernels.presence import attention_with_presence
 from ..plan.plan import LayerPlan
 from ..precision import Precision
@@ -123,7 +123,7 @@ class Layer:
                 self._known.clear()
             self._known[key] = Followed(
                 self.plan, self.order, self.owner.table(layout, device), layout, device, self.owner.ranks,
-                launch_order=device.type == "cuda" or self.owner.impl == "triton",
+                launch_order=device.type == "cuda" or self.owner.impl == "triton", mixed=not self.owner.precision,
             )  # fmt: skip
         operands = self._known[key].follow(phase, self.precision(phase))
         self.operands, self._followed = operands, (phase, layout)
@@ -245,6 +245,11 @@ def _follow(
             query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
             table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
             valid_text=_valid_text(layout, attn_mask), softmax_scale=scale,
+        )  # fmt: skip
+    if operands.groups:
+        return attention_by_group(
+            query, key, value, operands.groups, table=operands.table, text_tokens=layout.text.tokens,
+            valid_text=_valid_text(layout, attn_mask), softmax_scale=scale, impl=layer.owner.impl,
         )  # fmt: skip
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..grid import Layout
-from ..kernels.resident import ResidentMask
+from ..kernels.attention import HeadGroup
+from ..kernels.resident import ResidentGroups, ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
 from .ranks import Ranks
@@ -25,6 +26,7 @@ class Operands:
         table: Gather tables of the plan's orders, shared by all layers.
         order: Row of `table` for each head, (H,).
         precision: One name if all heads agree, else one per head.
+        groups: Heads of each precision, if they differ and all of them are here.
         heads: Heads of every rank, (ranks, heads of each); None for one process, as `places`.
         sizes: Tokens of every rank.
         places: Where the model's positions lie after the exchange, (tokens,).
@@ -35,6 +37,7 @@ class Operands:
     table: Tensor
     order: Tensor
     precision: Precisions
+    groups: tuple[HeadGroup, ...] = ()
     heads: Tensor | None = None
     sizes: tuple[int, ...] = ()
     places: Tensor | None = None
@@ -52,11 +55,12 @@ class Followed:
         device: Where q, k and v will be.
         ranks: The ranks that share the sequence, if it is shared.
         launch_order: Whether kernels will ask for `BlockMask.launch_order`.
+        mixed: Whether heads have the precisions of the plan, so that they may differ.
     """
 
     def __init__(
         self, plan: LayerPlan, order: Tensor, table: Tensor, layout: Layout, device: torch.device, ranks: Ranks | None,
-        *, launch_order: bool,
+        *, launch_order: bool, mixed: bool,
     ):  # fmt: skip
         tokens = layout.grid.tokens, layout.text.tokens
 
@@ -66,11 +70,15 @@ class Followed:
         self.operands: Operands | None = None
         self._table, self._layout, self._ranks = table, layout, ranks
         self._order = order.to(device) if ranks is None else order
-        if ranks is None:
-            self._dealt, self._masks = [], [resident(plan.mask)]
-        else:
+        self._groups: ResidentGroups | None = None
+        self._dealt: list[list[Tensor]] = []
+        if ranks is not None:  # whose heads are others in every phase: no groups
             self._dealt = dealt_heads(plan.mask, ranks)
             self._masks = [resident(_own(plan.mask, phases, ranks.rank)) for phases in self._dealt]
+            return
+        self._masks = [resident(plan.mask)]
+        if mixed and any(len(set(heads)) > 1 for heads in plan.precision):
+            self._groups = ResidentGroups(plan.precision, plan.mask, self._order, tokens, launch_order=launch_order)
 
     def follow(self, phase: int, precision: Precisions) -> Operands:
         """Those of a phase; the same object until another phase is followed."""
@@ -81,14 +89,15 @@ class Followed:
 
     def _made(self, phase: int, masks: Sequence[BlockMask], precision: Precisions) -> Operands:
         if self._ranks is None:
-            return Operands(masks[0], self._table, self._order, precision)
+            groups = self._groups.follow(phase) if self._groups else ()
+            return Operands(masks[0], self._table, self._order, precision, groups)
         sizes, places = self._ranks.sizes(self._layout), self._ranks.places(self._layout).to(self._table.device)
         found = []
         for mask, phases in zip(masks, self._dealt, strict=True):
             own = phases[phase][self._ranks.rank].tolist()
             names = tuple(precision[head] for head in own) if isinstance(precision, tuple) else precision
             order, heads = self._order[own].to(places.device), phases[phase].to(places.device)
-            found.append(Operands(mask, self._table, order, names, heads, sizes, places))
+            found.append(Operands(mask, self._table, order, names, (), heads, sizes, places))
         return replace(found[0], parts=tuple(found[1:]))
 
 

@@ -20,7 +20,7 @@ from ..precision import Precision
 from .cpu import cpu_attention
 from .reference import reference_attention
 
-TRITON_FORMATS = {"qk": ("int8", "bf16", "fp16"), "pv": ("int8", "fp8", "bf16", "fp16")}
+TRITON_FORMATS = {"qk": ("int8", "int4", "bf16", "fp16"), "pv": ("int8", "int4", "fp8", "bf16", "fp16")}
 FP32 = ("fp32", "fp32")
 
 
@@ -75,7 +75,7 @@ IMPLEMENTATIONS = {
     ),
     "triton": Implementation(
         _triton,
-        "tensors on a GPU, not float64, and int8, bf16 or fp16 for Q·K with int8, fp8, bf16 or fp16 for P·V",
+        "tensors on a GPU, not float64, int8, int4, bf16 or fp16 for Q·K and int8, int4, fp8, bf16 or fp16 for P·V",
         _triton_usable,
     ),
 }
@@ -142,6 +142,7 @@ def _attention(
     table: Tensor,
     order: Tensor,
     valid_tokens: Tensor | None,
+    text_tokens: int,
     precision: str,
     softmax_scale: float,
     return_lse: bool,
@@ -150,7 +151,7 @@ def _attention(
     formats, mask = parse(precision), BlockMask(bits, key_blocks, (query_block, key_block), launch_order)
     out, lse = IMPLEMENTATIONS[choose(impl, q, mask, formats, softmax_scale)].run(
         q, k, v, table=table, order=order, mask=mask, precision=formats, softmax_scale=softmax_scale,
-        valid_tokens=valid_tokens, return_lse=return_lse,
+        valid_tokens=valid_tokens, text_tokens=text_tokens, return_lse=return_lse,
     )  # fmt: skip
     return out.contiguous(), lse.contiguous() if return_lse and lse is not None else _no_lse(q)
 
@@ -175,8 +176,8 @@ NAME = "paroattn::attention"
 torch.library.define(
     NAME,
     "(Tensor q, Tensor k, Tensor v, Tensor bits, int key_blocks, int query_block, int key_block, "
-    "Tensor? launch_order, Tensor table, Tensor order, Tensor? valid_tokens, str precision, float softmax_scale, "
-    "bool return_lse, str impl) -> (Tensor, Tensor)",
+    "Tensor? launch_order, Tensor table, Tensor order, Tensor? valid_tokens, SymInt text_tokens, str precision, "
+    "float softmax_scale, bool return_lse, str impl) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl(NAME, "default")(_attention)

@@ -4,6 +4,7 @@
     Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
     K: (x − k̄) R → int8, one scale per key block
     V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
+    INT4: the integers of `four_bits` as bytes, those of K with their middles; of text in Q and K those of INT8
 
 (x − k̄) R is computed as x R − k̄ R: 16-bit x and the signs of R are exact, so the product runs on matrix units.
 
@@ -24,13 +25,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
+from . import four_bits
+from .elements import _carried_runs, _four_bits, _gather, _middle, _rotate, _round
 from .reference import MEAN_OF_EVERY
 from .tiles import INTERPRETED
 
 LOG2_E = 1.4426950408889634
 BIAS = 0x4B400000
 """These bits plus s, read as float32, are 12582912 + s for every integer |s| < 2²²."""
-STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {
+    "int8": torch.int8,
+    "int4": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+FOUR_BITS_TOP = {part: four_bits.HIGHEST / reach for part, reach in four_bits.REACH.items()}
+V_TOP = {"int8": 127.0, "int4": FOUR_BITS_TOP["v"], "fp8": 448.0}
+"""Where the largest value of a channel is put."""
 # fastest of those measured on an H200
 TOKENS_PER_SUM = 512
 TOKENS_AT_ONCE = 64
@@ -64,35 +76,6 @@ class Operands:
     v_scale: Tensor | None
     v_start: Tensor | None
     shift: Tensor | None
-
-
-@triton.jit
-def _gather(x_ptr, stride_n, stride_d, position, real, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Tokens of one head, (tokens, D_PAD) in their own dtype; 0 where not real and in the padding channels."""
-    d = tl.arange(0, D_PAD)
-    offsets = position.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d
-    return tl.load(x_ptr + offsets, mask=real[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _round(x):
-    """Nearest integer of float32 |x| < 2²², ties to even, as int32."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def _rotate(x, signs, ON_GPU: tl.constexpr):
-    """Multiply by ±1 on matrix units, with float32 as the sum of three bf16; the interpreter multiplies no bf16."""
-    if not ON_GPU:
-        return tl.dot(x.to(tl.float32), signs.to(tl.float32), input_precision="ieee")
-    elif x.dtype == tl.float32:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(high, signs, tl.dot(middle, signs, tl.dot(low, signs)))
-    else:
-        return tl.dot(x, signs)
 
 
 @triton.jit
@@ -192,13 +175,14 @@ def _gather_kernel(
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
+    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, feedback_ptr, out_ptr, scale_ptr,
+    shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H, BLOCKS, factor, softmax_scale, smallest, norm,
-    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
+    N, H, BLOCKS, VIDEO, factor, softmax_scale, smallest, norm, top, highest_middle,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, FOUR_BITS: tl.constexpr, RUN: tl.constexpr, ON_GPU: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H).
+    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H). Text begins at VIDEO.
 
     The rotation of 128 channels is one of 64 on either half, their sum and their difference.
     """
@@ -225,22 +209,45 @@ def _rows_kernel(
             left = tl.where(real[:, None], left - tl.load(centre_ptr + channels)[None, :], 0.0)
             if D_PAD == 128:
                 right = tl.where(real[:, None], right - tl.load(centre_ptr + channels + 64)[None, :], 0.0)
-        largest = tl.max(tl.abs(left), 1)
-        if D_PAD == 128:
-            largest = tl.maximum(largest, tl.max(tl.abs(right), 1))
+        if D_PAD == 64:
+            right = left
         rows = bh * BLOCKS * TOKENS + n
-        if IS_KEY:
-            scale = tl.maximum(tl.max(largest, 0) / 127.0, smallest)
+        if IS_KEY and FOUR_BITS:
+            left_middle, right_middle = _middle(left, TOKENS, RUN), _middle(right, TOKENS, RUN)
+            rest = tl.maximum(tl.abs(left - left_middle), tl.abs(right - right_middle))
+            middle = tl.maximum(tl.abs(left_middle), tl.abs(right_middle))
+            in_eight = tl.full([TOKENS], 0, tl.int32) + (block + 1) * TOKENS > VIDEO
+            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)))
+            scale = tl.maximum(tl.max(rest) / top, tl.max(middle) / highest_middle)
+            scale = tl.maximum(tl.where((block + 1) * TOKENS > VIDEO, largest / 127.0, scale), smallest)
             tl.store(scale_ptr + bh * BLOCKS + block, scale)
             inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
+            left_middle = _round(left_middle * inverse[:, None]).to(tl.float32)
+            right_middle = _round(right_middle * inverse[:, None]).to(tl.float32)
         else:
-            scale = tl.maximum(largest / 127.0, smallest)
-            tl.store(scale_ptr + rows, scale * factor)
-            inverse = 1.0 / scale
+            left_middle, right_middle = 0.0, 0.0
+            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)
+            if IS_KEY:
+                scale = tl.maximum(tl.max(largest, 0) / top, smallest)
+                tl.store(scale_ptr + bh * BLOCKS + block, scale)
+                inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
+            else:
+                in_eight = n >= VIDEO
+                scale = tl.maximum(largest / (tl.where(in_eight, 127.0, top) if FOUR_BITS else top), smallest)
+                tl.store(scale_ptr + rows, scale * factor)
+                inverse = 1.0 / scale
+        left, right = left * inverse[:, None], right * inverse[:, None]
+        if FOUR_BITS:
+            head_ptr = feedback_ptr + bh * D_PAD * D_PAD
+            a, b = _four_bits(left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS)
+            left = tl.where(in_eight[:, None], left, a + left_middle)
+            right = tl.where(in_eight[:, None], right, b + right_middle)
+            if IS_KEY:
+                left, right = tl.where(real[:, None], left, 0.0), tl.where(real[:, None], right, 0.0)
         out = out_ptr + rows[:, None] * D_PAD + d[None, :]
-        tl.store(out, _round(left * inverse[:, None]).to(tl.int8))
+        tl.store(out, _round(left).to(tl.int8))
         if D_PAD == 128:
-            tl.store(out + 64, _round(right * inverse[:, None]).to(tl.int8))
+            tl.store(out + 64, _round(right).to(tl.int8))
         if HAS_SHIFT:
             shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
             if D_PAD == 128:
@@ -252,32 +259,40 @@ def _rows_kernel(
 def _values_kernel(
     v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H,
+    N, H, carry,
     STORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """64 channels of one key block of V in 8 bits; grid (key blocks · D_PAD / 64, B·H)."""
+    """64 channels of one key block of V in 8 or 4 bits; grid (key blocks · D_PAD / 64, B·H)."""
     PARTS: tl.constexpr = D_PAD // 64
     block, bh = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(0) // PARTS
     first = tl.program_id(0) % PARTS * 64
     b, h = bh // H, bh % H
     place, d = tl.arange(0, TOKENS), first + tl.arange(0, 64)
-    token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
-    n = block * TOKENS + token
-    real = n < tl.load(valid_ptr + b)
-    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
+    limit = tl.load(valid_ptr + b)
+    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
     v_ptr += b * stride_b + h * stride_h + first * stride_d
-    v = _gather(v_ptr, stride_n, stride_d, position, real, D - first, 64)
     tokens = blocks.to(tl.int64) * TOKENS
-    scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
+    inverse = 1.0 / tl.load(v_scale_ptr + bh * D_PAD + d)
     out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
-    if STORED == "int8":
-        rounded = _round(scaled)
-        tl.store(out, tl.trans(rounded.to(tl.int8)))
-        start = tl.sum(rounded, 0) * 128 + 0x4B400000
-        tl.store(start_ptr + (bh * blocks + block) * D_PAD + d, start)
+    if STORED == "int4":
+        runs = _carried_runs(
+            v_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, block * TOKENS, D - first, TOKENS
+        )
+        tl.store(out, runs)
     else:
-        tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
+        token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
+        n = block * TOKENS + token
+        position = tl.load(row_ptr + n, mask=n < limit, other=0)
+        v = _gather(v_ptr, stride_n, stride_d, position, n < limit, D - first, 64)
+        scaled = v.to(tl.float32) * inverse[None, :]
+        if STORED == "int8":
+            rounded = _round(scaled)
+            tl.store(out, tl.trans(rounded.to(tl.int8)))
+            start = tl.sum(rounded, 0) * 128 + 0x4B400000
+            tl.store(start_ptr + (bh * blocks + block) * D_PAD + d, start)
+        else:
+            tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
 
 
 def prepare(
@@ -292,6 +307,7 @@ def prepare(
     precision: Precision,
     softmax_scale: float,
     with_shift: bool,
+    text_tokens: int = 0,
 ) -> Operands:
     """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
 
@@ -304,6 +320,7 @@ def prepare(
         precision: Formats of the two products.
         softmax_scale: Factor on q·k.
         with_shift: Return `shift`, which lse needs.
+        text_tokens: How many tokens are text, the last ones in kernel order.
     """
     batch, tokens, heads, channels = q.shape
     d_pad = 64 if channels <= 64 else 128
@@ -330,7 +347,7 @@ def prepare(
         )  # fmt: skip
         _finish_kernel[(batch * heads,)](
             sums, largest, valid, signs, mean, centre, v_scale, heads, **chunks,
-            v_top=FORMATS[precision.pv].highest or 1.0, **constants, HAS_K=smoothed, HAS_V=scaled,
+            v_top=V_TOP.get(precision.pv, 1.0), **constants, HAS_K=smoothed, HAS_V=scaled,
             EVERY=MEAN_OF_EVERY, D_PAD=d_pad, STEP=TOKENS_AT_ONCE,
         )  # fmt: skip
 
@@ -343,6 +360,9 @@ def prepare(
         )  # fmt: skip
         return out
 
+    in_four_bits = precision.qk == "int4"
+    feedback = _feedback(q, k, mean, table, order, valid) if in_four_bits else {True: None, False: None}
+
     def rows(x: Tensor, blocks: int, size: int, is_key: bool) -> tuple[Tensor, Tensor | None]:
         if not smoothed:
             return gathered(x, blocks, size, precision.qk, not is_key), None
@@ -352,11 +372,14 @@ def prepare(
         blocks = blocks * size // tile
         at_once = KEY_BLOCKS_AT_ONCE[d_pad] if is_key else BLOCKS_AT_ONCE
         _rows_kernel[(triton.cdiv(blocks, at_once), batch * heads)](
-            x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, out_ptr=out, scale_ptr=scale,
+            x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, feedback_ptr=feedback[is_key], out_ptr=out,
+            scale_ptr=scale, top=FOUR_BITS_TOP["k" if is_key else "q"] if in_four_bits else 127.0,
+            highest_middle=four_bits.LARGEST_MIDDLE, FOUR_BITS=in_four_bits, RUN=four_bits.TOKENS_PER_MIDDLE,
+            VIDEO=tokens - text_tokens if text_tokens else blocks * tile,
             shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
             factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
             HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
-            **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=STAGES,
+            **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=1 if in_four_bits else STAGES,
             num_warps=8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4,
         )  # fmt: skip
         return out, scale
@@ -370,9 +393,23 @@ def prepare(
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
-        STORED=precision.pv, **sizes, TOKENS=block[1],
+        carry=four_bits.CARRY, STORED=precision.pv, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
+
+
+def _feedback(q: Tensor, k: Tensor, mean: Tensor, table: Tensor, order: Tensor, valid: Tensor) -> dict[bool, Tensor]:
+    """`four_bits.feedback` for queries (False) and for keys (True), each from tokens of the other."""
+    heads, channels = q.shape[2:]
+    rotation = hadamard(mean.shape[-1])[:channels].to(q.device, torch.float32)
+    index = table[:, :: four_bits.SAMPLE_OF_EVERY][order.long()].T.long()  # (tokens, H)
+    place = torch.arange(len(index), device=q.device) * four_bits.SAMPLE_OF_EVERY
+    real = (place < valid[:, None])[:, None, :, None]
+    found = {}
+    for is_key, x, centre in ((True, q, 0.0), (False, k, mean[:, :, None, :channels])):
+        picked = x[:, index, torch.arange(heads, device=q.device)].transpose(1, 2).float()  # (B, H, tokens, D)
+        found[is_key] = four_bits.feedback((picked - centre).masked_fill(~real, 0) @ rotation).contiguous()
+    return found
 
 
 def _strides(x: Tensor, name: str = "") -> dict[str, int]:

@@ -27,6 +27,8 @@ FACTOR = 2.0
 """An implementation may err so many times as much as the reference at the same precision."""
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 5.6e-3, torch.float16: 2e-3}
 """How far from the reference at the same precision, by dtype of the tensors: 45 dB below the output in bfloat16."""
+FLOOR_OF_FOUR_BITS = 0.03
+"""A p̂ that rounds another way differs by a fifteenth."""
 STATISTICS = {"mass": 0.01, "error": 0.02}
 FP8_FROM = (8, 9)
 
@@ -73,7 +75,9 @@ def configurations(device: torch.device) -> list[Configuration]:
     """Every configuration that this machine would use: its GPU's kernels, or the CPU path; see also `skipped`."""
     if device.type == "cuda":
         eight_bits = ["int8/fp8"] if torch.cuda.get_device_capability(device) >= FP8_FROM else []
-        wanted = [("triton", precision, torch.bfloat16) for precision in (*eight_bits, "int8/int8", "bf16")]
+        wanted = [
+            ("triton", precision, torch.bfloat16) for precision in (*eight_bits, "int8/int8", "int4/int4", "bf16")
+        ]
     else:
         wanted = [("cpu", "fp32", torch.float32)]
         if _interpreted():
@@ -98,7 +102,7 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
     """Check the reference, every configuration of `configurations`, and the statistics on a GPU, one at a time."""
     yield _timed("reference against attention written out, float64", 1e-10, lambda: _check_reference(device))
     for configuration in configurations(device):
-        allowed = FLOOR[configuration.dtype]
+        allowed = FLOOR_OF_FOUR_BITS if "int4" in configuration.precision else FLOOR[configuration.dtype]
         yield _timed(str(configuration), allowed, lambda each=configuration: _check(each, device))
     if device.type == "cuda":
         for head_dim, block in product(HEAD_DIMS, ((64, 64), (128, 128))):
