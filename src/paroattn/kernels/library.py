@@ -17,11 +17,14 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..precision import Precision
+from . import native
 from .cpu import cpu_attention
 from .reference import reference_attention
 
 TRITON_FORMATS = {"qk": ("int8", "int4", "bf16", "fp16"), "pv": ("int8", "int4", "fp8", "bf16", "fp16")}
-FP32 = ("fp32", "fp32")
+FP32, INT4 = ("fp32", "fp32"), ("int4", "int4")
+FOUR_BIT_UNITS = 8
+"""First part of the compute capability of GPUs with matrix units of four bits; later ones only imitate them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ def _triton(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
     return _kernels().sparse_attention(*args, **kwargs)
 
 
+def _native(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    reason = native.missing()
+    if reason is not None:
+        raise RuntimeError(f"{reason} Or use impl='triton'.")
+    return _kernels().sparse_attention(*args, **kwargs, four_bit_units=True)
+
+
 def _kernels() -> Any:
     try:
         return import_module(".sparse", __package__)
@@ -60,6 +70,10 @@ def _triton_usable(q: Tensor, precision: Precision) -> bool:
     runs = q.device.type == "cuda" or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     formats = precision.qk in TRITON_FORMATS["qk"] and precision.pv in TRITON_FORMATS["pv"]
     return runs and formats and q.dtype != torch.float64
+
+
+def _native_usable(q: Tensor, precision: Precision) -> bool:
+    return q.device.type == "cuda" and (precision.qk, precision.pv) == INT4 and q.dtype != torch.float64
 
 
 IMPLEMENTATIONS = {
@@ -78,6 +92,7 @@ IMPLEMENTATIONS = {
         "tensors on a GPU, not float64, int8, int4, bf16 or fp16 for Q·K and int8, int4, fp8, bf16 or fp16 for P·V",
         _triton_usable,
     ),
+    "native": Implementation(_native, "tensors on a GPU, not float64, and int4 for both Q·K and P·V", _native_usable),
 }
 parse = cache(Precision.parse)
 _warned: set[str] = set()
@@ -87,7 +102,8 @@ def choose(impl: str, q: Tensor, mask: BlockMask, precision: Precision, softmax_
     """Name of the implementation that runs tensors like q.
 
     "auto" takes "cpu" for float32 on a CPU, "triton" on a GPU, and else "reference", which can do everything. On a GPU,
-    where that is slow, a warning names what no kernel handles, once.
+    where that is slow, a warning names what no kernel handles, once. INT4 on a GPU that has matrix units of four bits
+    takes "native"; where `cuda.core` or NVRTC is missing, "triton", and a warning says so, once.
 
     Raises:
         ValueError: If `impl` is unknown or cannot do what is asked.
@@ -95,32 +111,39 @@ def choose(impl: str, q: Tensor, mask: BlockMask, precision: Precision, softmax_
     """
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    warning = None
     if impl == "auto":
-        impl, reason = _automatic(q, mask, precision, softmax_scale)
-    else:
-        reason = None
+        impl, warning = _automatic(q, mask, precision, softmax_scale)
     chosen = IMPLEMENTATIONS[impl]
     if not chosen.usable(q, precision):
         raise ValueError(
             f"{impl} needs {chosen.needs}; got {precision} on {q.dtype} tensors on {q.device}. "
             "Choose another impl or precision."
         )
-    if reason is not None and reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"The slow but exact reference runs on {q.device}, because {reason}", stacklevel=2)
+    if warning is not None and warning not in _warned:
+        _warned.add(warning)
+        warnings.warn(warning, stacklevel=2)
     return impl
 
 
 def _automatic(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> tuple[str, str | None]:
-    """What "auto" means, and why the reference runs on a GPU if it does."""
+    """What "auto" means, and a warning where something faster could not be taken."""
     if q.device.type != "cuda":
         return ("cpu" if IMPLEMENTATIONS["cpu"].usable(q, precision) else "reference"), None
+    slow = f"The slow but exact reference runs on {q.device}, because "
     if not _triton_usable(q, precision):
         return "reference", (
-            f"no kernel computes {precision} on {q.dtype} tensors. Give another precision such as 'int8'."
+            f"{slow}no kernel computes {precision} on {q.dtype} tensors. Give another precision such as 'int8'."
         )
     reason = _kernels().refusal(q, mask, softmax_scale)
-    return ("triton", None) if reason is None else ("reference", reason)
+    if reason is not None:
+        return "reference", slow + reason
+    if not _native_usable(q, precision) or torch.cuda.get_device_capability(q.device)[0] != FOUR_BIT_UNITS:
+        return "triton", None
+    missing = native.missing()
+    if missing is None:
+        return "native", None
+    return "triton", f"INT4 runs on the 8-bit matrix units of {q.device}, no faster than INT8, because {missing}"
 
 
 @torch.compiler.assume_constant_result

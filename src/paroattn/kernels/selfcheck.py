@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..block_mask import BlockMask, blocks_of
 from ..grid import Grid, Layout, TextSpan
+from . import native
 from .attention import attention
 from .block_stats import block_stats
+from .library import FOUR_BIT_UNITS
 
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))
 HEAD_DIMS = (64, 128)
@@ -74,10 +76,13 @@ class Check:
 def configurations(device: torch.device) -> list[Configuration]:
     """Every configuration that this machine would use: its GPU's kernels, or the CPU path; see also `skipped`."""
     if device.type == "cuda":
-        eight_bits = ["int8/fp8"] if torch.cuda.get_device_capability(device) >= FP8_FROM else []
+        has = torch.cuda.get_device_capability(device)
+        eight_bits = ["int8/fp8"] if has >= FP8_FROM else []
         wanted = [
             ("triton", precision, torch.bfloat16) for precision in (*eight_bits, "int8/int8", "int4/int4", "bf16")
         ]
+        if has[0] == FOUR_BIT_UNITS and native.missing() is None:
+            wanted.append(("native", "int4/int4", torch.bfloat16))
     else:
         wanted = [("cpu", "fp32", torch.float32)]
         if _interpreted():
@@ -89,7 +94,9 @@ def skipped(device: torch.device) -> list[str]:
     """What is not checked here, and why."""
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device)
-        return [] if has >= FP8_FROM else [f"int8/fp8: this GPU has capability {has[0]}.{has[1]}, FP8 needs 8.9"]
+        left_out = [] if has >= FP8_FROM else [f"int8/fp8: this GPU has capability {has[0]}.{has[1]}, FP8 needs 8.9"]
+        missing = native.missing() if has[0] == FOUR_BIT_UNITS else None
+        return left_out if missing is None else [*left_out, f"int4/int4 on matrix units of four bits: {missing}"]
     if _interpreted():
         return ["int8/fp8, bf16, statistics, times: Triton's interpreter does not compute them as a GPU does"]
     return [
