@@ -1,5 +1,6 @@
 """INT4 on matrix units of four bits: the CUDA kernel, emulated on a CPU, against the reference on the same integers."""
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from paroattn.kernels import four_bits, library, native
 from paroattn.precision import Precision
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from test_triton import DEVICE, Case
+from test_triton import DEVICE, ROOT, Case, compiled
 
 from paroattn.kernels import prepare, sparse, tiles
 
@@ -162,6 +163,16 @@ def test_p_is_rounded_and_dithered_as_the_reference_says(on_a_cpu, block, dim):
 
 
 @emulated
+def test_scores_that_lie_far_apart_leave_one_key_to_a_row(on_a_cpu):
+    case = Integers()
+    case.q_scale *= 1e5
+    (out, lse), (expected, expected_lse) = case.run(torch.float32), case.expected()
+    empty = expected_lse.isinf()
+    assert sqnr(out, expected) >= 100
+    torch.testing.assert_close(lse[~empty], expected_lse[~empty].float(), rtol=1e-6, atol=0)
+
+
+@emulated
 def test_lse_is_left_out_where_nobody_asks_for_it(on_a_cpu):
     case = Integers()
     out, lse = case.run(torch.float32, return_lse=False)
@@ -235,6 +246,33 @@ def test_the_gpu_s_integers_are_the_reference_s(block, dim):
     empty = expected_lse.isinf()
     assert sqnr(out, expected) >= 48
     assert (lse - expected_lse)[~empty].abs().max() <= 1 / 15
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_the_kernel_compiles_to_products_of_four_bits_without_spills_and_to_less_than_int8(tmp_path, monkeypatch):
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path))
+    options = ("--native", "--only", "int4/int4", "--block", "64x64", "128x128", "--arch")
+    rows = compiled(*options, "80", "86", "89")
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "compile_report.json").read_text())["rows"]
+
+    def instructions(row: dict) -> float:
+        """A query row's share of what the warps issue for a key block."""
+        return row["loop"] * row["num_warps"] / row["rows"]
+
+    int8 = {
+        (row["arch"], row["block"], row["head_dim"]): instructions(row)
+        for row in recorded
+        if row["kernel"] == "sparse" and row["precision"] == "int8/int8" and row.get("loop")
+    }
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        about = {name: row[name] for name in ("arch", "block", "head_dim")}
+        programs = tiles.WARPS[row["head_dim"], int(row["block"].split("x")[1])].programs
+        assert row["spilled_bytes"] == 0 and row["registers"] * row["num_warps"] * 32 * programs <= 65536, about
+        assert (row["shared_bytes"] + 1024) * programs <= 100 * 1024, about
+        assert row["matrix"] == ["IMMA.16864.S4.S4", "IMMA.16864.U4.S4"], about
+        assert instructions(row) < 0.9 * int8[tuple(about.values())], about
+        assert row["shfl"] <= 2 * 12, about  # middles to their columns, and row maxima, in two loop bodies
 
 
 class OnAGpu:

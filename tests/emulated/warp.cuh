@@ -90,15 +90,16 @@ inline int number(Word word, int place, bool is_signed) {
     return is_signed && x > 7 ? x - 16 : x;
 }
 
-inline void multiply(int (&c)[4], const Word (&a)[4], const Word* b, bool is_signed) {
+inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b, bool is_signed) {
     Word own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     auto given = exchange(own);
     for (int i = 0; i < 4; i++) {
         int row = lane() / 4, column = lane() % 4 * 2 + i % 2;
+        sum[i] = start[i];
         for (int t = 0; t < 4; t++)
             for (int half = 0; half < 2; half++)
                 for (int place = 0; place < 8; place++)
-                    c[i] += number(given[4 * row + t][2 * half + i / 2], place, is_signed) *
+                    sum[i] += number(given[4 * row + t][2 * half + i / 2], place, is_signed) *
                             number(given[4 * column + t][4 + half], place, true);
     }
 }
@@ -216,8 +217,12 @@ inline Word pick_bytes(Word low, Word high, Word bytes) {
     return picked;
 }
 
-inline void multiply(int (&c)[4], const Word (&a)[4], const Word* b) { emulated::multiply(c, a, b, true); }
-inline void multiply_unsigned(int (&c)[4], const Word (&a)[4], const Word* b) { emulated::multiply(c, a, b, false); }
+inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
+    emulated::multiply(sum, start, a, b, true);
+}
+inline void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
+    emulated::multiply(sum, start, a, b, false);
+}
 
 inline void load_matrices(Word (&parts)[4], const char* row) {
     emulated::check_shared(row, 16);

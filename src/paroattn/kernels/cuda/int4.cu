@@ -25,6 +25,7 @@ constexpr int BIAS = 0x4B400000, MINUS_INFINITY = (int)0xFF800000;
 constexpr float BIAS_AS_FLOAT = 12582912;
 constexpr float HIGHEST = 15, DITHERED_HIGHEST = 16 * HIGHEST;
 constexpr float LOG2_OF_HIGHEST = 3.9068905956085187f, LN_2 = 0.6931471805599453f;
+constexpr float STEEPEST = 10;  // already here nothing is left of smaller scores; beyond, `unit` leaves half precision
 constexpr int THREADS = 32 * WARPS;
 constexpr int RUNS = KEYS / 32;  // of keys that share high and low
 constexpr int TILE = 8;          // columns of an accumulator, rows of a right operand
@@ -33,7 +34,7 @@ constexpr int TILE = 8;          // columns of an accumulator, rows of a right o
 template <int COUNT, int CHUNKS>
 struct Rows {
     static constexpr int BYTES = COUNT * CHUNKS * 16, TILE_BYTES = TILE * CHUNKS * 16;
-    static constexpr int PRODUCTS = CHUNKS / 2;  // instructions for the length of a row
+    static constexpr int PRODUCTS = CHUNKS / 2;   // instructions for the length of a row
     static constexpr int AT_ONCE = 2 / PRODUCTS;  // tiles that `load_matrices` brings
 
     static DEVICE int place(int row, int chunk) { return (row * CHUNKS + (chunk ^ row * CHUNKS / 8 % CHUNKS)) * 16; }
@@ -47,7 +48,8 @@ struct Rows {
         from += i * 16;
         UNROLL
         for (int done = 0; done < COUNT * CHUNKS; done += THREADS)
-            if (done + i < COUNT * CHUNKS) copy_async(to + done * 16, from + done * 16);
+            if (done + THREADS <= COUNT * CHUNKS || done + i < COUNT * CHUNKS)
+                copy_async(to + done * 16, from + done * 16);
     }
 };
 using KeyRows = Rows<KEYS + 2 * RUNS, D_PAD / 32>;
@@ -72,6 +74,7 @@ struct Softmax {
         share = as_float(as_int(exp2_fast(highest - now)) & ~3);  // 22 bits, so that the next line is exact
         start = -BIAS_AS_FLOAT * share;
         m = now;
+        scale = fminf(scale, STEEPEST);
         origin = -(top * scale);
         float one = DITHERED_HIGHEST * exp2_fast(-fmaf(top, scale, origin));  // undoes what rounding did to origin
         unit = to_half(one, one);
@@ -90,26 +93,24 @@ DEVICE Word dither(int row, int column) {
 // Scores of a key block for a warp's rows
 DEVICE void multiply_keys(Tile (&s)[KEYS / TILE], const Left (&q)[KeyRows::PRODUCTS], const char* keys, int lane) {
     Word parts[4];
-    Tile middle = {BIAS, 0, BIAS, 0};  // low and high of run `lane % 4`
+    Tile middle = {BIAS, 0, BIAS, 0};  // low and high of a run: of the four lanes of a row, each has another
     load_matrices(parts, keys + KeyRows::place(KEYS + lane % 8 % (2 * RUNS), lane / 8 % (D_PAD / 32)));
     UNROLL
-    for (int x = 0; x < KeyRows::PRODUCTS; x++) multiply(middle, q[x], parts + 2 * x);
+    for (int x = 0; x < KeyRows::PRODUCTS; x++) multiply(middle, middle, q[x], parts + 2 * x);
+    Tile start[RUNS];
     UNROLL
     for (int run = 0; run < RUNS; run++) {
-        int upper = shuffle(middle[0] + 16 * middle[1], lane / 4 * 4 + run);
-        int lower = shuffle(middle[2] + 16 * middle[3], lane / 4 * 4 + run);
-        UNROLL
-        for (int tile = 4 * run; tile < 4 * run + 4; tile++) {
-            s[tile][0] = s[tile][1] = upper;
-            s[tile][2] = s[tile][3] = lower;
-        }
+        start[run][0] = start[run][1] = shuffle(middle[0] + 16 * middle[1], lane / 4 * 4 + run);
+        start[run][2] = start[run][3] = shuffle(middle[2] + 16 * middle[3], lane / 4 * 4 + run);
     }
     UNROLL
     for (int tile = 0; tile < KEYS / TILE; tile += KeyRows::AT_ONCE) {
         load_matrices(parts, keys + KeyRows::named(lane) + tile * KeyRows::TILE_BYTES);
         UNROLL
-        for (int x = 0; x < 2; x++)
-            multiply(s[tile + x / KeyRows::PRODUCTS], q[x % KeyRows::PRODUCTS], parts + 2 * x);
+        for (int x = 0; x < 2; x++) {
+            int part = x % KeyRows::PRODUCTS, each = tile + x / KeyRows::PRODUCTS;
+            multiply(s[each], part ? s[each] : start[tile / 4], q[part], parts + 2 * x);
+        }
     }
 }
 
@@ -138,28 +139,25 @@ DEVICE Word rounded(const Tile* s, int row, const Softmax& softmax, const Word (
     return (columns[0] >> 4 & 0x0F0F0F0F) | (columns[1] & 0xF0F0F0F0);
 }
 
-// Add a key block to the output and to the sums of weights
-DEVICE void add_values(Tile& sums, float (&acc)[D_PAD / TILE][4], const Left (&p)[ValueRows::PRODUCTS],
-                       const char* values, int lane, const Softmax (&softmax)[2]) {
+// Add the values of a key block to the output
+DEVICE void add_values(float (&acc)[D_PAD / TILE][4], const Left (&p)[ValueRows::PRODUCTS], const char* values,
+                       const Softmax (&softmax)[2], const Tile& nothing, int lane) {
     UNROLL
     for (int tile = 0; tile < D_PAD / TILE; tile += ValueRows::AT_ONCE) {
         Word parts[4];
         Tile product[ValueRows::AT_ONCE];
         load_matrices(parts, values + ValueRows::named(lane) + tile * ValueRows::TILE_BYTES);
         UNROLL
-        for (int x = 0; x < 4 * ValueRows::AT_ONCE; x++) product[x / 4][x % 4] = BIAS;
-        UNROLL
-        for (int x = 0; x < 2; x++)
-            multiply_unsigned(product[x / ValueRows::PRODUCTS], p[x % ValueRows::PRODUCTS], parts + 2 * x);
+        for (int x = 0; x < 2; x++) {
+            int part = x % ValueRows::PRODUCTS, each = x / ValueRows::PRODUCTS;
+            multiply_unsigned(product[each], part ? product[each] : nothing, p[part], parts + 2 * x);
+        }
         UNROLL
         for (int x = 0; x < 4 * ValueRows::AT_ONCE; x++) {
             float& sum = acc[tile + x / 4][x % 4];
             sum = softmax[x % 4 / 2].plus(sum, product[x / 4][x % 4]);
         }
     }
-    const Word ones[2] = {0x11111111, 0x11111111};
-    UNROLL
-    for (int x = 0; x < ValueRows::PRODUCTS; x++) multiply_unsigned(sums, p[x], ones);
 }
 
 // Write eight neighbouring channels, or those that are left of them
@@ -168,7 +166,9 @@ DEVICE void store(void* out, long long start, const float (&x)[8], int left) {
     Word words[COUNT];
     UNROLL
     for (int i = 0; i < COUNT; i++)
-        words[i] = EACH == 1 ? as_int(x[i]) : OUT_BFLOAT16 ? to_bfloat16(x[2 * i], x[2 * i + 1]) : to_half(x[2 * i], x[2 * i + 1]);
+        words[i] = EACH == 1      ? as_int(x[i])
+                   : OUT_BFLOAT16 ? to_bfloat16(x[2 * i], x[2 * i + 1])
+                                  : to_half(x[2 * i], x[2 * i + 1]);
     char* to = (char*)out + start * (OUT_BITS / 8);
     if (D % 8 == 0) {
         UNROLL
@@ -235,11 +235,15 @@ attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, c
         query[x / 4][x % 4] = q[(at.q_row + x % 2 * 8) * (D_PAD / 8) + x / 2 * 4 + column];
     const float row_scales[2] = {q_scale[at.q_row], q_scale[at.q_row + 8]};
     const Word dithers[2] = {dither(at.row, 0), dither(at.row, 1)};
+    const Word ones[2] = {0x11111111, 0x11111111};
+    // Were it known to the compiler, it would be made anew for each product instead of kept in registers
+    const int bias = at.row >= 0 ? BIAS : 0;
+    const Tile nothing = {bias, bias, bias, bias};
     Softmax softmax[2];
     float acc[D_PAD / TILE][4] = {};
     float next_scale = count > 0 ? k_scale[first_block + list[0]] : 0;
 
-    for (int i = 0; i < count; i++) {
+    auto step = [&](int i, bool is_cut) {
         wait_for_groups<STAGES - 2>();
         barrier();  // all have this block, and none reads the one before any more
         fetch(i + STAGES - 1);
@@ -249,21 +253,26 @@ attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, c
 
         Tile s[KEYS / TILE];
         multiply_keys(s, query, stage, lane);
-        if (i == whole) {
+        if (is_cut) {
+            int real = tail - 2 * column;
             UNROLL
             for (int x = 0; x < KEYS / 2; x++)
-                if (x / 4 * TILE + 2 * column + x % 2 >= tail) s[x / 4][x % 4] = MINUS_INFINITY;
+                if (x / 4 * TILE + x % 2 >= real) s[x / 4][x % 4] = MINUS_INFINITY;
         }
         UNROLL
         for (int r = 0; r < 2; r++) softmax[r].take(largest(s, r), row_scales[r] * block_scale);
         Left p[ValueRows::PRODUCTS];
         UNROLL
         for (int x = 0; x < 2 * RUNS; x++) p[x / 4][x % 4] = rounded(s + x / 2 * 4, x % 2, softmax[x % 2], dithers);
-        Tile sums = {BIAS, BIAS, BIAS, BIAS};
-        add_values(sums, acc, p, stage + KeyRows::BYTES, lane, softmax);
+        add_values(acc, p, stage + KeyRows::BYTES, softmax, nothing, lane);
+        Tile sums;
+        UNROLL
+        for (int x = 0; x < ValueRows::PRODUCTS; x++) multiply_unsigned(sums, x ? sums : nothing, p[x], ones);
         UNROLL
         for (int r = 0; r < 2; r++) softmax[r].total = softmax[r].plus(softmax[r].total, sums[2 * r]);
-    }
+    };
+    for (int i = 0; i < whole; i++) step(i, false);
+    if (whole < count) step(whole, true);
 
     const Place to(tiles, batch, heads, row_blocks);  // again, which is cheaper than to keep it
     UNROLL

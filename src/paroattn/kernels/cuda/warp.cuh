@@ -59,21 +59,23 @@ DEVICE Word fma_half(Word x, Word y, Word z) {
 // Byte i of the result is byte 0…7 of high:low, as hexadecimal digit i of `bytes` says
 DEVICE Word pick_bytes(Word low, Word high, Word bytes) { return __byte_perm(low, high, bytes); }
 
-// c += a bᵀ with a (16, 64), b (8, 64) and c (16, 8). Lane 4 r + t holds, eight numbers of four bits in a register,
-// a: rows r, r + 8, r, r + 8, columns 8 t… of the first half twice, then of the second; b: row r, both halves;
-// c: rows r, r, r + 8, r + 8, columns 2 t, 2 t + 1 twice.
-DEVICE void multiply(int (&c)[4], const Word (&a)[4], const Word* b) {
+// sum = start + a bᵀ with a (16, 64), b (8, 64) and sum (16, 8). Lane 4 r + t holds, eight numbers of four bits in a
+// register, a: rows r, r + 8, r, r + 8, columns 8 t… of the first half twice, then of the second; b: row r, both halves;
+// sum: rows r, r, r + 8, r + 8, columns 2 t, 2 t + 1 twice.
+DEVICE void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
     asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start[0]), "r"(start[1]),
+          "r"(start[2]), "r"(start[3]));
 }
 // The same with a of 0…15 instead of −8…7
-DEVICE void multiply_unsigned(int (&c)[4], const Word (&a)[4], const Word* b) {
+DEVICE void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
     asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start[0]), "r"(start[1]),
+          "r"(start[2]), "r"(start[3]));
 }
 
 // Four matrices of 8 rows of 16 bytes: lane 8 i + r says where row r of matrix i is; lane 4 r + t gets its t-th word
