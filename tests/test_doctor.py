@@ -124,7 +124,7 @@ def test_an_error_far_above_the_reference_s_own_is_wrong_even_if_close_to_it():
 def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability, precisions, missing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(native, "missing", lambda: missing)
-    found, left_out = (look(torch.device("cuda")) for look in (selfcheck.configurations, selfcheck.skipped))
+    found, left_out = selfcheck.configurations(torch.device("cuda")), selfcheck.skipped(torch.device("cuda"))
     has_units = capability[0] == 8
     kernels = {"triton", "native"} if has_units and missing is None else {"triton"}
     assert len(found) == len(set(map(str, found))) == (precisions + len(kernels) - 1) * 4 * 2

@@ -173,6 +173,21 @@ def test_scores_that_lie_far_apart_leave_one_key_to_a_row(on_a_cpu):
 
 
 @emulated
+def test_blocks_are_added_by_their_weights_and_nothing_is_lost_to_the_bias(on_a_cpu):
+    """One key of each block counts, and blocks differ little, by what no power of two says."""
+    case = Integers(tokens=(300, 280), keep=1.0)
+    case.mask = BlockMask.full(case.heads, case.tokens, case.block)
+    case.q, case.middle = torch.full_like(case.q, 7), torch.zeros_like(case.middle)
+    case.rest = torch.where(torch.arange(64)[:, None] == 5, 7, -8).expand_as(case.rest).int()
+    case.q_scale = torch.full_like(case.q_scale, 10 / (7 * 7 * 64))
+    case.k_scale = 1 + torch.rand(case.k_scale.shape, generator=torch.Generator().manual_seed(2)) / 5
+    (out, lse), (expected, expected_lse) = case.run(torch.float32), case.expected()
+    assert case.weights()[0].sum(-1).unique().tolist() == [15]
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-6, atol=1e-6)
+
+
+@emulated
 def test_lse_is_left_out_where_nobody_asks_for_it(on_a_cpu):
     case = Integers()
     out, lse = case.run(torch.float32, return_lse=False)

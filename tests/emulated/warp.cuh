@@ -1,5 +1,6 @@
 // What the package's warp.cuh offers, computed on a CPU. Every thread of a block is a coroutine; it runs until it needs
-// others, which then run. Copies arrive as late as they may, and shared memory starts as rubbish.
+// others, which then run. So that what is not waited for goes wrong, a warp runs as far as it can before the next does,
+// copies arrive as late as they may, and shared memory starts as rubbish.
 #pragma once
 #include <ucontext.h>
 
@@ -26,7 +27,7 @@ struct Copy {
 struct Thread {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(1 << 18);
-    bool done = false;
+    bool done = false, at_barrier = false;
     std::deque<std::vector<Copy>> groups;
     std::vector<Copy> open;
     int exchanges = 0;
@@ -68,6 +69,11 @@ inline void meet(Meeting& meeting) {
         return;
     }
     while (meeting.times == now) swapcontext(&self().context, &block->scheduler);
+}
+
+template <class Condition>
+bool any(int first, int end, Condition holds) {
+    return std::any_of(block->threads.begin() + first, block->threads.begin() + end, holds);
 }
 
 // What every lane of the warp gives, for all of them
@@ -134,7 +140,7 @@ inline void start() {
     swapcontext(&self().context, &block->scheduler);
 }
 
-// One thread block, from its first to its last thread in turns until all are done
+// One thread block
 inline void run_block(int index, int threads, int shared_bytes) {
     Block here;
     block = &here;
@@ -150,14 +156,10 @@ inline void run_block(int index, int threads, int shared_bytes) {
         thread.context.uc_stack.ss_size = thread.stack.size();
         makecontext(&thread.context, start, 0);
     }
-    for (int left = threads; left > 0;) {
-        left = 0;
-        for (here.thread = 0; here.thread < threads; here.thread++) {
-            if (self().done) continue;
-            swapcontext(&here.scheduler, &self().context);
-            left += !self().done;
-        }
-    }
+    for (int first = 0; any(0, threads, [](Thread& thread) { return !thread.done; }); first = (first + 32) % threads)
+        while (any(first, first + 32, [](Thread& thread) { return !thread.done && !thread.at_barrier; }))
+            for (here.thread = first; here.thread < first + 32; here.thread++)
+                if (!self().done && !self().at_barrier) swapcontext(&here.scheduler, &self().context);
 }
 
 }  // namespace emulated
@@ -177,7 +179,11 @@ inline void run_block(int index, int threads, int shared_bytes) {
 inline int thread_in_block() { return emulated::block->thread; }
 inline int block_in_grid() { return emulated::block->index; }
 inline char* shared_memory() { return emulated::block->shared.data(); }
-inline void barrier() { emulated::meet(emulated::block->meeting); }
+inline void barrier() {
+    emulated::self().at_barrier = true;
+    emulated::meet(emulated::block->meeting);
+    for (auto& thread : emulated::block->threads) thread.at_barrier = false;
+}
 
 inline float as_float(int bits) {
     float x;

@@ -1,14 +1,14 @@
 // Block-sparse attention in four bits, on the matrix units of four bits that GPUs of capability 8 have.
 //
-// What is computed, and in which order tiles are launched, is what sparse.py says for INT4. Each warp has 16 query rows;
-// key blocks come through a ring of STAGES stages.
+// What is computed, and in which order tiles are launched, is what sparse.py says for INT4. A warp has 16 query rows; key
+// blocks come through a ring of STAGES stages.
 //
 //     k     = 16 high + low + rest     high and low are shared by 32 keys: their products with q are one more tile of 8
 //                                      columns, and where the scores of those keys start
 //     p̂     two of them are rounded at once, in half precision, and eight fill the register in which the same thread
-//           multiplies them next. A left operand wants eight neighbouring columns where an accumulator holds two: column
-//           32 h + 8 g + 2 t + i goes by the name 32 h + 8 t + 2 g + i, and V's tokens are stored under these names.
-//           So are V's channels, which gives each thread eight neighbours of an output row.
+//           multiplies them next. A left operand wants eight neighbouring columns where an accumulator holds two, so
+//           column 32 h + 8 g + 2 t + i goes by the name 32 h + 8 t + 2 g + i, and V's tokens are stored under these
+//           names. So are V's channels, which gives each thread eight neighbours of an output row.
 //     Σ p̂   is a product with ones
 //
 // A sum x of integers is held as BIAS + x, whose bits, read as a float, are 12582912 + x.
@@ -17,8 +17,8 @@
 // KEYS + KEYS / 16, D_PAD / 2): rest of every key, then low and high of every 32 keys; v (B, H, key blocks, D_PAD,
 // KEYS / 2); the rest as in sparse.py.
 //
-// Macros: D channels, padded to D_PAD; KEYS of a key block; SPLIT programs for a query block; WARPS of a program; STAGES;
-// PROGRAMS that share a multiprocessor; OUT_BITS of an output and whether they are OUT_BFLOAT16.
+// Macros: D channels, padded to D_PAD; KEYS of a key block; SPLIT programs for a query block; WARPS of a program;
+// STAGES; PROGRAMS that share a multiprocessor; OUT_BITS of an output and whether they are OUT_BFLOAT16.
 #include <warp.cuh>
 
 constexpr int BIAS = 0x4B400000, MINUS_INFINITY = (int)0xFF800000;
@@ -30,7 +30,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int RUNS = KEYS / 32;  // of keys that share high and low
 constexpr int TILE = 8;          // columns of an accumulator, rows of a right operand
 
-// Rows of a right operand, CHUNKS times 16 bytes each, arranged so that one chunk of eight rows lies in different banks.
+// Rows of a right operand, CHUNKS times 16 bytes each, arranged so that a chunk of eight rows lies in different banks
 template <int COUNT, int CHUNKS>
 struct Rows {
     static constexpr int BYTES = COUNT * CHUNKS * 16, TILE_BYTES = TILE * CHUNKS * 16;
@@ -202,10 +202,11 @@ struct Place {
 };
 
 KERNEL(THREADS, PROGRAMS)
-attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, const float* k_scale, const float* v_scale,
-            const float* shift, const short* lists, const int* counts, const unsigned char* bits, const int* tiles,
-            const int* table, const int* order, const int* valid, void* out, float* lse, int batch, int tokens,
-            int heads, int row_blocks, int key_blocks, int mask_bytes) {
+attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, const float* k_scale,
+            const float* v_scale, const float* shift, const short* lists, const int* counts,
+            const unsigned char* bits, const int* tiles, const int* table, const int* order, const int* valid,
+            void* out, float* lse, int batch, int tokens, int heads, int row_blocks, int key_blocks,
+            int mask_bytes) {
     const Place at(tiles, batch, heads, row_blocks);
     int lane = thread_in_block() % 32, column = lane % 4;
 

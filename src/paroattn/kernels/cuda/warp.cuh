@@ -60,8 +60,8 @@ DEVICE Word fma_half(Word x, Word y, Word z) {
 DEVICE Word pick_bytes(Word low, Word high, Word bytes) { return __byte_perm(low, high, bytes); }
 
 // sum = start + a bᵀ with a (16, 64), b (8, 64) and sum (16, 8). Lane 4 r + t holds, eight numbers of four bits in a
-// register, a: rows r, r + 8, r, r + 8, columns 8 t… of the first half twice, then of the second; b: row r, both halves;
-// sum: rows r, r, r + 8, r + 8, columns 2 t, 2 t + 1 twice.
+// register, a: rows r, r + 8, r, r + 8, columns 8 t… of the first half twice, then of the second; b: row r, both
+// halves; sum: rows r, r, r + 8, r + 8, columns 2 t, 2 t + 1 twice.
 DEVICE void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
     asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%10, %11, %12, %13};"
