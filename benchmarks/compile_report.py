@@ -196,6 +196,7 @@ def report(
             continue
         known.add(same)
         variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else "paper" * kwargs.get("PAPER", False)
+        variant = f"{variant}{' packed' * kwargs.get('PACKED', False)}".strip()
         tile = {key: kwargs[key] for key in TILE if key in kwargs}
         about = {"kernel": name, "arch": f"sm_{arch}", "precision": precision, "block": block, "head_dim": head_dim}
         row = about | {"dtype": dtype, "variant": variant, **{key.lower(): value for key, value in tile.items()}}

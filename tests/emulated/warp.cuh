@@ -234,6 +234,10 @@ inline void load_matrices(Word (&parts)[4], const char* row) {
     emulated::check_shared(row, 16);
     Word offset = row - emulated::block->shared.data();
     auto given = emulated::exchange({offset});
+    for (int one = 0; one < 32; one++)
+        for (int other = one / 8 * 8; other < one; other++)
+            if (given[one][0] != given[other][0] && (given[one][0] - given[other][0]) % 128 == 0)
+                emulated::wrong("two rows of a matrix in the same banks of shared memory");
     for (int i = 0; i < 4; i++) {
         Word from = given[8 * i + emulated::lane() / 4][0] + emulated::lane() % 4 * 4;
         std::memcpy(&parts[i], emulated::block->shared.data() + from, 4);

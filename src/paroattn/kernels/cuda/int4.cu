@@ -1,7 +1,7 @@
 // Block-sparse attention in four bits, on the matrix units of four bits that GPUs of capability 8 have.
 //
-// What is computed, and in which order tiles are launched, is what sparse.py says for INT4. A warp has 16 query rows; key
-// blocks come through a ring of STAGES stages.
+// What is computed, and in which order tiles are launched, is what sparse.py says for INT4. A warp has 16 query rows;
+// key blocks come through a ring of STAGES stages.
 //
 //     k     = 16 high + low + rest     high and low are shared by 32 keys: their products with q are one more tile of 8
 //                                      columns, and where the scores of those keys start
