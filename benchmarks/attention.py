@@ -181,6 +181,7 @@ def peer_call(name: str, inputs: Inputs, kept: Tensor) -> Callable[[], Tensor]:
 def own_call(precision: Precision, block: tuple[int, int], inputs: Inputs, kept: Tensor) -> Callable[[], Any]:
     mask = block_mask(kept, inputs.shape.tokens, block)
     settings = {"table": inputs.table, "order": inputs.order, "precision": precision, "impl": "triton"}
+    settings["text_tokens"] = inputs.shape.text.tokens
     return partial(attention, *inputs.model, mask, **settings)
 
 

@@ -1,17 +1,19 @@
-"""What every ingredient of INT4 brings to whole samples of the bundled model, every head in INT4.
+"""What every ingredient of INT4 brings to whole samples of the bundled model, and what mixtures of INT4 and INT8 keep.
 
     python benchmarks/int4.py --out benchmarks/results/int4.json
     python benchmarks/int4.py --device cpu --clips 1 --steps 6 --guidance 1 --only shipped --out RESULTS
 
-All blocks are kept, except in the rows of 0.5. The reference computes both sides of every pair, the dense one in
-float32; --impl triton measures what ships on its kernels and nothing else, against bf16. PSNR as in fidelity_demo.py.
+All blocks are kept, except in the rows of 0.5. Every head is in INT4, or a share of them: those that the planner finds
+to lose least by it, and for comparison those that lose most, all others in INT8. The reference computes both sides of
+every pair, the dense one in float32; --impl triton measures what ships on its kernels and nothing else, against bf16.
+PSNR as in fidelity_demo.py.
 """
 
 import argparse
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,11 @@ from paroattn.plan.search import PlanSettings, make_plan
 from paroattn.precision import FORMATS, dequantize, hadamard, quantize, round_to
 from records import environment, merge
 
-KEY = ("what", "ingredients", "impl", "clips", "steps", "guidance")
+KEY = ("what", "ingredients", "heads_int4", "heads", "impl", "clips", "steps", "guidance")
 SIGNED = FORMATS["int4"]
-Patches = dict[str, Callable[..., Any]]
+SHIPPED_P = reference._round_p
+LEAST, MOST = "those that lose least", "those that lose most"
+Patches = dict[str, Any]
 
 
 def plain(x: Tensor, granularity: str, block: int) -> Tensor:
@@ -42,14 +46,14 @@ def plain(x: Tensor, granularity: str, block: int) -> Tensor:
 
 
 def plain_qk(granularity: str, rotated: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    def rounded(q: Tensor, k: Tensor, real: Any, block: int, precision: Any) -> tuple[Tensor, Tensor]:
+    def rounded(q: Tensor, k: Tensor, real: Any, video: int, block: int, precision: Any) -> tuple[Tensor, Tensor]:
         rotation = hadamard(q.shape[-1]).to(q) if rotated else torch.eye(q.shape[-1], device=q.device)
         return plain(q @ rotation, granularity, block), plain(k @ rotation, granularity, block)
 
     return rounded
 
 
-def fed_back(q: Tensor, k: Tensor, real: Any, block: int, precision: Any) -> tuple[Tensor, Tensor]:
+def fed_back(q: Tensor, k: Tensor, real: Any, video: int, block: int, precision: Any) -> tuple[Tensor, Tensor]:
     """Rotated, both by token, errors fed back."""
     rotation = hadamard(q.shape[-1]).to(q)
     found = [x @ rotation for x in (q, k)]
@@ -80,18 +84,36 @@ def plain_p(shared: str, top: float) -> Callable[..., tuple[Tensor, Tensor, Tens
     return rounded
 
 
+def exact_sum(scores: Tensor, block: tuple[int, int], precision: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What ships over the sum of P before it is rounded."""
+    total = (scores - scores.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+    p, _, largest = SHIPPED_P(scores, block, precision)
+    return p, total, largest
+
+
 def plain_v(v: Tensor, precision: Any) -> Tensor:
     return plain(v, "channel", 0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row to be: what is in INT4, what it is made of, and what of the reference it replaces; None: what ships."""
+    """A row to be.
+
+    Attributes:
+        what: Is in INT4.
+        ingredients: What that is made of.
+        patches: What they replace of the reference, or of `four_bits` if in capitals; None: nothing, what ships.
+        density: Kept blocks.
+        share: Of the heads in INT4; all others are in INT8.
+        heads: Which these are.
+    """
 
     what: str
     ingredients: tuple[str, ...]
     patches: Patches | None = None
     density: float = 1.0
+    share: float = 1.0
+    heads: str | None = None
 
 
 QK: tuple[tuple[str, Patches | None], ...] = (
@@ -108,6 +130,12 @@ PV: tuple[tuple[str, Patches | None], ...] = (
     ("P dithered", {"_round_v": plain_v}),
     ("V's errors carried on", None),
 )
+INSTEAD: tuple[tuple[str, str, Patches], ...] = (
+    ("qk", "scales of the largest value", {"REACH": dict.fromkeys(four_bits.REACH, 1.0)}),
+    ("pv", "P's exact sum as denominator", {"_round_p": exact_sum}),
+)
+"""Of what ships, one thing otherwise."""
+SHARES = (0.0, 0.25, 0.5, 0.75)
 PRECISIONS = {"qk": "int4/fp32", "pv": "fp32/int4", "qk+pv": "int4"}
 
 
@@ -120,32 +148,78 @@ def variants() -> Iterator[Variant]:
     yield Variant("0.5", (), density=0.5)
     for what, ingredients in shipped.items():
         yield Variant(f"0.5+{what}", ingredients, density=0.5)
+    for share in SHARES:
+        yield Variant("qk+pv", shipped["qk+pv"], share=share, heads=LEAST)
+    yield Variant("qk+pv", shipped["qk+pv"], share=0.5, heads=MOST)
+    yield Variant("0.5+qk+pv", shipped["qk+pv"], density=0.5, share=0.5, heads=LEAST)
     for what, table in (("qk", QK), ("pv", PV)):
         yield Variant(what, (table[0][0],), table[0][1])
         for last in range(1, len(table) - 1):
             yield Variant(what, tuple(name for name, _ in table[1 : last + 1]), table[last][1])
+    for what, other, patches in INSTEAD:
+        yield Variant(what, (*shipped[what], f"but {other}"), patches)
     paper = (QK[0][1] or {}) | (PV[0][1] or {})
     yield Variant("qk+pv", (QK[0][0], PV[0][0]), paper)
 
 
-def half_kept(bench: Bench) -> TransformerPlan:
-    """A plan of density 0.5 from the calibration prompts, not weighed."""
-    settings = CaptureSettings()
-    statistics: Statistics = collect(bench.pipe, CALIBRATION_PROMPTS, steps=10, capture=settings)["transformer"]
-    return make_plan(statistics, PlanSettings(density=0.5))
+@contextmanager
+def replaced(patches: Patches | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, replacement in (patches or {}).items():
+            stack.enter_context(patch.object(four_bits if name.isupper() else reference, name, replacement))
+        yield
+
+
+class Plans:
+    """Plans of the variants; statistics are collected once, from the calibration prompts, and not weighed.
+
+    Args:
+        bench: Whose pipeline is calibrated.
+        steps: Of the calibration schedule.
+    """
+
+    def __init__(self, bench: Bench, steps: int):
+        self.bench, self.steps = bench, steps
+        self.dense = all_kept(Plan.from_pretrained(PLAN)["transformer"])
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        capture = CaptureSettings(paper=False)
+        return collect(self.bench.pipe, CALIBRATION_PROMPTS, steps=self.steps, capture=capture)["transformer"]
+
+    def of(self, variant: Variant) -> TransformerPlan:
+        if variant.heads is None and variant.density == 1:
+            return self.dense
+        share = None if variant.heads is None else 1 - variant.share if variant.heads == MOST else variant.share
+        settings = PlanSettings(variant.density, precision=None if share is None else "auto", int4_share=share)
+        plan = make_plan(self.statistics, settings)
+        if variant.heads == MOST:
+            plan = swapped(plan)
+        if variant.density < 1:
+            return plan
+        layers = {name: replace(self.dense.layers[name], precision=(each.precision[0],) * len(self.dense.phases))
+                  for name, each in plan.layers.items()}  # fmt: skip
+        return replace(self.dense, layers=layers)
+
+
+def swapped(plan: TransformerPlan) -> TransformerPlan:
+    """INT4 for INT8 and the other way round."""
+    other = {"int4": "int8", "int8": "int4"}
+    layers = {name: replace(layer, precision=tuple(tuple(other[each] for each in heads) for heads in layer.precision))
+              for name, layer in plan.layers.items()}  # fmt: skip
+    return replace(plan, layers=layers)
 
 
 def measured(bench: Bench, variant: Variant, plan: TransformerPlan) -> dict[str, Any]:
     precision = PRECISIONS.get(variant.what.removeprefix("0.5+"), "fp32")
     if bench.impl == "triton":
         precision = precision.replace("fp32", "bf16")
-    with ExitStack() as stack:
-        for name, replacement in (variant.patches or {}).items():
-            stack.enter_context(patch.object(reference, name, replacement))
-        row = bench.row(plan, precision)
+    with replaced(variant.patches):
+        row = bench.row(plan, None if variant.heads else precision)
     shared = {name: row[name] for name in ("density_executed", "psnr_mean", "psnr_std", "psnr_min", "clips", "steps")}
-    share = 0.0 if variant.what == "0.5" else 1.0
-    return {"what": variant.what, "ingredients": list(variant.ingredients), "heads_int4": share} | shared
+    share = plan.precision_shares().get("int4", 0.0) if variant.heads else float(variant.what != "0.5")
+    about = {"what": variant.what, "ingredients": list(variant.ingredients), "heads_int4": round(share, 5)}
+    return about | {"heads": variant.heads} | shared
 
 
 def main() -> None:
@@ -156,7 +230,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=len(EVALUATION_PROMPTS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--only", choices=("shipped", "dense", "half"), help="fewer rows: what ships, or by density")
+    parser.add_argument("--calibration-steps", type=int, default=10)
+    parser.add_argument(
+        "--only", choices=("shipped", "dense", "half", "mixed"), help="fewer rows: what ships, by density, mixtures"
+    )
     parser.add_argument("--share", type=int, nargs=2, metavar=("INDEX", "OF"), default=(0, 1), help="of the rows")
     args = parser.parse_args()
     bench = Bench(args.device, args.clips, args.steps, args.impl)
@@ -164,19 +241,23 @@ def main() -> None:
     about = environment(args.device, args.impl) | {"weights_sha256": weights_sha256(), "impl": args.impl}
     chosen = [
         each for each in variants()
-        if (each.patches is None or (args.impl == "reference" and args.only != "shipped"))
-        and {"dense": each.density == 1, "half": each.density < 1, "shipped": each.density == 1}.get(args.only, True)
+        if (each.patches is None or args.impl == "reference")
+        and {
+            "shipped": each.density == 1 and each.patches is None and each.heads is None,
+            "dense": each.density == 1,
+            "half": each.density < 1,
+            "mixed": each.heads is not None,
+        }.get(args.only, True)
     ][args.share[0] :: args.share[1]]  # fmt: skip
     with patch.object(type(bench.pipe), "__call__", functools.partialmethod(call, guidance_scale=args.guidance)):
-        plans = {1.0: all_kept(Plan.from_pretrained(PLAN)["transformer"])}
-        bench.dense = bench.clips(plans[1.0], "bf16" if args.impl == "triton" else "fp32")
-        if any(each.density < 1 for each in chosen):
-            plans[0.5] = half_kept(bench)
+        plans = Plans(bench, args.calibration_steps)
+        bench.dense = bench.clips(plans.dense, "bf16" if args.impl == "triton" else "fp32")
         began = time.time()
         for variant in chosen:
-            row = measured(bench, variant, plans[variant.density]) | {"guidance": args.guidance} | about
+            row = measured(bench, variant, plans.of(variant)) | {"guidance": args.guidance} | about
             merge(args.out, [row], KEY)
-            print(f"{time.time() - began:6.0f} s", row["what"], row["ingredients"], row["psnr_mean"], flush=True)
+            said = (row["what"], row["ingredients"], row["heads_int4"], row["heads"], row["psnr_mean"])
+            print(f"{time.time() - began:6.0f} s", *said, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from test_kernels import sqnr
 from torch import Tensor
 
 from paroattn.block_mask import BlockMask, blocks_of
-from paroattn.grid import Grid, TextSpan
+from paroattn.grid import Grid
 from paroattn.kernels import four_bits, library, native
 from paroattn.precision import Precision
 
@@ -197,7 +197,7 @@ def test_lse_is_left_out_where_nobody_asks_for_it(on_a_cpu):
 
 def test_packed_operands_hold_the_same_integers():
     block, dim = (64, 128), 72
-    case = Case(TextSpan(23, "prefix"), True, block, dim, grid=Grid(3, 4, 7))
+    case = Case(block=block, dim=dim, grid=Grid(3, 5, 7))
     for head, order in enumerate(case.order.tolist()):  # runs of keys that lie apart
         run = torch.arange(case.tokens, device=DEVICE) // 32
         case.k[:, case.table[order].long(), head] += 9 * torch.sin(run[:, None] * torch.arange(dim, device=DEVICE))
@@ -225,7 +225,7 @@ def test_packed_operands_hold_the_same_integers():
 
 @emulated
 def test_from_tensors_to_output_it_is_the_reference_s(on_a_cpu):
-    case = Case(TextSpan(23, "prefix"), True, (128, 64), 40, grid=Grid(3, 4, 7))
+    case = Case(block=(128, 64), dim=40, grid=Grid(3, 5, 7))
     out, lse = sparse.sparse_attention(
         case.q, case.k, case.v, table=case.table, order=case.order, mask=case.mask, precision=INT4,
         softmax_scale=40**-0.5, valid_tokens=case.valid, four_bit_units=True,
@@ -240,7 +240,7 @@ def test_from_tensors_to_output_it_is_the_reference_s(on_a_cpu):
 @pytest.mark.parametrize("dim", [64, 120, 128], ids="dim{}".format)
 @pytest.mark.parametrize("block", tiles.BLOCKS, ids=str)
 def test_the_kernel_is_the_reference_s_on_a_gpu(block, dim):
-    case = Case(TextSpan(23, "prefix"), True, block, dim, dtype=torch.bfloat16)
+    case = Case(block=block, dim=dim, dtype=torch.bfloat16)
     out, lse = case.run("int4", "native")
     expected, expected_lse = case.run("int4", "reference")
     assert sqnr(out[case.real], expected[case.real]) >= 38
@@ -303,11 +303,11 @@ def choose(monkeypatch):
     """`choose` for a GPU of a capability, with or without `cuda.core`."""
     library._warned.clear()
 
-    def chosen(impl="auto", precision="int4", has=(8, 9), missing=None, q=None) -> str:
+    def chosen(impl="auto", precision="int4", has=(8, 9), missing=None, q=None, text=0) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
         monkeypatch.setattr(native, "missing", lambda: missing)
         mask = SimpleNamespace(block=(64, 64))
-        return library.choose(impl, OnAGpu() if q is None else q, mask, Precision.parse(precision), 0.1)
+        return library.choose(impl, OnAGpu() if q is None else q, mask, Precision.parse(precision), 0.1, text)
 
     return chosen
 
@@ -317,6 +317,7 @@ def test_int4_runs_on_matrix_units_of_four_bits_where_there_are_some(choose):
     assert [choose(has=has) for has in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))] == ["native"] * 3 + ["triton"] * 2
     assert [choose(precision=name) for name in ("int8", "int4-qk", "int8/int4", "bf16")] == ["triton"] * 4
     assert choose("native", has=(9, 0)) == "native"
+    assert choose(text=23) == choose(text=23, missing="nothing to be said") == "triton"
     assert choose("triton") == "triton"
 
 
@@ -335,6 +336,8 @@ def test_asked_for_by_name_it_runs_or_says_why_not(choose, monkeypatch):
         choose("native", "int8")
     with pytest.raises(ValueError, match=r"native needs tensors on a GPU, .* tensors on cpu"):
         choose("native", q=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"and no text; got int4 on .* with 23 text tokens\."):
+        choose("native", text=23)
     monkeypatch.setattr(native, "missing", lambda: "kernels need cuda.core.")
     with pytest.raises(RuntimeError, match=r"kernels need cuda.core\. Or use impl='triton'\."):
         library.IMPLEMENTATIONS["native"].run()

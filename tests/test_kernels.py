@@ -134,7 +134,11 @@ def quantised(case: Case, qk: str, pv: str) -> tuple[Tensor, Tensor]:
         if qk in top:
             q_hat, k_hat = (torch.cat(rounded(list(x.split(size)), qk)) for x, size in ((q_hat, 1), (k_hat, columns)))
         elif qk == "int4":
-            q_hat, k_hat = four_bit_rows(q_hat, k_hat, valid), four_bit_keys(k_hat, q_hat[:valid], columns)
+            q_, k_, video = q_hat, k_hat, len(q) - case.text_tokens
+            q_hat, k_hat = four_bit_rows(q_, k_, valid), four_bit_keys(k_, q_[:valid], columns)
+            text = video // columns * columns if case.text_tokens else video
+            q_hat[video:] = torch.cat([*rounded(list(q_[video:].split(1)), "int8"), q_[:0]])
+            k_hat[text:] = torch.cat([*rounded(list(k_[text:].split(columns)), "int8"), k_[:0]])
         if pv in top:
             v_hat = torch.cat(rounded(list(v.split(1, 1)), pv), 1)
         elif pv == "int4":
@@ -447,6 +451,30 @@ def test_the_quantised_reference_equals_a_loop_over_blocks(qk, pv, block):
     close(out, expected, 1e-9)
     close(lse, expected_lse, 1e-9)
     assert error(out, exact(case)[0]) > 1e-3
+
+
+@pytest.mark.parametrize(("side", "text_tokens"), [("prefix", 40), ("suffix", 64)])
+def test_text_beside_a_video_in_int4_is_no_worse_than_in_int8(side, text_tokens):
+    """Text looks at the video and is looked at; what its own four bits would cost is there where nobody says it is."""
+    q, k, v = attention_like(1.0)
+    video = q.shape[1] - text_tokens
+    layout = Layout(Grid(video // 8, 2, 4), TextSpan(text_tokens, side))
+    own = layout.text_positions
+    k[:, own] += 2 * drawn(text_tokens, 2, 64)  # text has keys of its own, which the video looks at
+    q[:, own] *= 1.5
+    mask, order = BlockMask.full(2, 512, (64, 64)), torch.zeros(2, dtype=torch.int32)
+    given = {"table": layout.table(("FHW",)), "order": order}
+    expected = paroattn.attention(q, k, v, mask, **given)
+
+    def noise(precision: str, text_tokens: int, rows: Tensor | slice) -> float:
+        got = paroattn.attention(q, k, v, mask, **given, precision=precision, text_tokens=text_tokens)
+        return sqnr(got[:, rows], expected[:, rows])
+
+    known, unknown, eight = (noise(*each, own) for each in (("int4/fp64", text_tokens), ("int4/fp64", 0),
+                                                            ("int8/fp64", text_tokens)))  # fmt: skip
+    assert eight > known > unknown + 3
+    everywhere = slice(None)
+    assert noise("int4/fp64", text_tokens, everywhere) > noise("int4/fp64", 0, everywhere) + 1
 
 
 FLOORS = {  # dB at flat, middling and peaked attention

@@ -59,7 +59,7 @@ def flat(case: Case, impl: str, precision: str, return_lse: bool, padded: bool) 
     launch_order = mask.launch_order if impl == "triton" else None
     return (
         case.q, case.k, case.v, mask.bits, mask.key_blocks, *mask.block, launch_order, case.table, case.order, valid,
-        precision, 0.3, return_lse, impl,
+        case.text_tokens, precision, 0.3, return_lse, impl,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class Case:
     def prepared(self, precision: str) -> Any:
         return prepare.prepare(
             self.q, self.k, self.v, table=self.table, order=self.order, valid=self.valid, block=self.mask.block,
-            precision=Precision.parse(precision), softmax_scale=0.3, with_shift=True,
+            precision=Precision.parse(precision), softmax_scale=0.3, with_shift=True, text_tokens=self.text_tokens,
         )  # fmt: skip
 
     def kernel_order(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def off_by_one(got: Tensor, expected: Tensor) -> float:
     return difference.mean().item()
 
 
-def like_the_reference(case: Case, precision: str, decibels: float, lse_error: float, **settings) -> None:
+def like_the_reference(case: Case, precision: Any, decibels: float, lse_error: float, **settings) -> None:
     out, lse = case.run(precision, **settings)
     expected, expected_lse = case.run(precision, "reference", **settings)
     real = case.real
@@ -223,6 +223,12 @@ def renamed(stored: Tensor) -> Tensor:
     return stored.unflatten(2, (-1, 32))[:, :, :, places].flatten(2, 3).mT
 
 
+def in_two(x: Tensor, first: int, of_video: Any, of_text: Any) -> tuple[Tensor, Tensor]:
+    """Integers and scales of the first tokens rounded in one way, and of the others in another."""
+    parts = of_video(x[:, :, :first]), of_text(x[:, :, first:])
+    return tuple(torch.cat(each, 2) for each in zip(*parts, strict=True))
+
+
 @pytest.mark.parametrize(("block", "dim"), [((64, 128), 40), ((128, 64), 64), ((64, 128), 128)], ids=str)
 def test_prepared_four_bits_are_the_reference_s_integers(block, dim, monkeypatch):
     monkeypatch.setattr(prepare, "TOKENS_PER_SUM", 64)
@@ -234,8 +240,15 @@ def test_prepared_four_bits_are_the_reference_s_integers(block, dim, monkeypatch
     rotation = hadamard(dim).float().to(DEVICE)
     q, k = q @ rotation, (k - mean) * real @ rotation
     for_queries, for_keys = four_bits.feedback(k[:, :, ::16]), four_bits.feedback((q * real)[:, :, ::16])
-    expected_q, q_scale = four_bits.round_queries(q, for_queries)
-    expected_k, k_scale = four_bits.round_keys(k, for_keys, block[1])
+    video = tokens - case.text_tokens
+    text = video // block[1] * block[1]  # the block in which text begins is text
+    expected_q, q_scale = in_two(
+        q, video, lambda x: four_bits.round_queries(x, for_queries), lambda x: quantize(x, FORMATS["int8"], "token")
+    )
+    expected_k, k_scale = in_two(
+        k, text, lambda x: four_bits.round_keys(x, for_keys, block[1]),
+        lambda x: quantize(x, FORMATS["int8"], "block", block[1]),
+    )  # fmt: skip
     expected_v, v_scale = four_bits.round_values(case.kernel_order(case.v))
     differing = {
         "q": got.q[:, :, :tokens] != expected_q,
@@ -247,7 +260,9 @@ def test_prepared_four_bits_are_the_reference_s_integers(block, dim, monkeypatch
         wrong,
     ) in differing.items():  # a target near a half that differs changes what its token's others make of it
         assert wrong.float().mean() <= (2e-2 if DEVICE == "cuda" else 1e-3), name
-    assert expected_k.abs().max() > 8 > expected_q.max() and expected_q.min() == -8
+    of_video = expected_q[:, :, :video]
+    assert expected_k[:, :, :text].abs().max() > 8 > of_video.max() and of_video.min() == -8
+    assert expected_q[:, :, video:].abs().amax(-1).min() == 127 == expected_k[:, :, text:].abs().max()
     assert not (got.k[:, :, :tokens] * ~real).any() and not got.k[:, :, tokens:].any()
     torch.testing.assert_close(got.q_scale[..., :tokens, None], q_scale * 0.3 / math.log(2), rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(got.k_scale, k_scale[:, :, :: block[1], 0], rtol=1e-5, atol=1e-12)
@@ -260,6 +275,10 @@ def test_int4_attention_is_the_reference_s(precision):
     dtype = torch.float16 if precision.endswith("fp16") else torch.float32
     case = Case(TextSpan(23, "prefix"), True, (64, 128), 64, dtype=dtype)
     like_the_reference(case, precision, 40 if precision == "int4" else 50, 0.15)
+
+
+def test_heads_in_int4_and_int8_are_the_reference_s():
+    like_the_reference(Case(TextSpan(23, "prefix"), True), ["int4", "int8", "int4"], 40, 0.15)
 
 
 @layouts

@@ -155,16 +155,18 @@ class Statistics:
             block_stride=self.settings.block_stride,
             block_offset=list(levels).index(level) if level in levels else len(levels),
             paper=self.settings.paper,
+            rounding=self.settings.rounding and level not in levels,
             **({"order": self._order(layer)} if self.chosen else {}),
         )
         new = {name: getattr(measured, name).float() for name in TENSORS}
         if not all(bool(new[name].isfinite().all()) for name in MAPS):
             raise ValueError(f"{layer}: what is measured must be finite; got NaN or infinity at noise level {level}")
-        before = levels.get(level)
+        before, rounding = levels.get(level), measured.rounding
         if before is not None:
             new = {name: _part(before, name, part.device) + part for name, part in new.items()}
+            rounding = before.rounding
         calls = measured.calls + (before.calls if before else 0)
-        sums = BlockStats(**new, calls=calls, rows=measured.rows if self._sampled else None)
+        sums = BlockStats(**new, calls=calls, rows=measured.rows if self._sampled else None, rounding=rounding)
         self._maps.put(layer, level, sums, units)
 
     def units(self, layer: str, noise_level: float) -> tuple[str, ...]:
@@ -216,6 +218,15 @@ class Statistics:
         for each in sums[1:]:
             total += _part(each, name, device).div_(each.calls)
         return total.div_(len(sums))
+
+    def rounding(self, layer: str, levels: Sequence[float] | None = None) -> Tensor | None:
+        """Squared output error that each precision of `ROUNDED` causes, (precisions, H), mean over noise levels.
+
+        None if that was not measured at all of them.
+        """
+        sums = self._measured(layer, levels)
+        found = [each.rounding for each in sums if each.rounding is not None]
+        return torch.stack(found).mean(0) if len(found) == len(sums) else None
 
     def heaviest(self, layer: str, levels: Sequence[float] | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Key block of the largest mean mass of each row, (orders, H, Nq)."""
@@ -322,6 +333,7 @@ class Statistics:
     def _from(cls, described: Mapping[str, Any], folder: Path) -> "Statistics":
         settings = dict(described["settings"])
         settings |= {"orders": tuple(settings["orders"]), "block": parse_block(settings["block"])}
+        settings.setdefault("rounding", False)  # statistics of an earlier version were measured without
         statistics = cls(
             model_class=described["model_class"],
             heads=described["heads"],

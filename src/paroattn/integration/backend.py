@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
-from ..kernels.attention import attention, what_runs
+from ..kernels.attention import HeadGroup, attention, attention_by_group, what_runs
 from ..kernels.presence import attention_with_presence
-from ..kernels.resident import ResidentMask
+from ..kernels.resident import ResidentGroups, ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
 from .exchange import to_heads, to_tokens
@@ -80,6 +80,7 @@ class Operands:
         table: Gather tables of the plan's orders, shared by all layers.
         order: Row of `table` for each head, (H,).
         precision: One name if all heads agree, else one per head.
+        groups: Heads of each precision, if they differ and all of them are here.
         heads: Heads of every rank, (ranks, heads of each); None for one process, as `places`.
         sizes: Tokens of every rank.
         places: Where the model's positions lie after the exchange, (tokens,).
@@ -89,6 +90,7 @@ class Operands:
     table: Tensor
     order: Tensor
     precision: Precision | str | tuple[str, ...]
+    groups: tuple[HeadGroup, ...] = ()
     heads: Tensor | None = None
     sizes: tuple[int, ...] = ()
     places: Tensor | None = None
@@ -131,7 +133,7 @@ class Layer:
         self.operands: Operands | None = None
         self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
-        self._known: dict[tuple[TextSpan, torch.device], tuple[ResidentMask, Operands]] = {}
+        self._known: dict[tuple[TextSpan, torch.device], tuple[ResidentMask, ResidentGroups | None, Operands]] = {}
 
     def sees(self, layout: Layout) -> Layout:
         """The part of a call's sequence that reaches this layer."""
@@ -146,12 +148,12 @@ class Layer:
             if len(self._known) >= LAYOUTS_KEPT:
                 self._known.clear()
             self._known[key] = self._first(phase, layout, device)
-        resident, operands = self._known[key]
+        resident, groups, operands = self._known[key]
         mask = resident.follow(phase)
         if operands.mask is not mask:
             changed = {"mask": mask, "precision": self.precision(phase)} | self._dealt(phase, layout, device)
-            operands = replace(operands, **changed)
-            self._known[key] = resident, operands
+            operands = replace(operands, **changed, groups=groups.follow(phase) if groups else ())
+            self._known[key] = resident, groups, operands
         self.operands, self._followed = operands, (phase, layout)
         return operands
 
@@ -170,14 +172,26 @@ class Layer:
         heads = self.plan.precision[phase]
         return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
 
-    def _first(self, phase: int, layout: Layout, device: torch.device) -> tuple[ResidentMask, Operands]:
+    def _first(
+        self, phase: int, layout: Layout, device: torch.device
+    ) -> tuple[ResidentMask, "ResidentGroups | None", Operands]:
         assert self.plan is not None and self.order is not None
         ordered = device.type == "cuda" or self.owner.impl == "triton"
         tokens = layout.grid.tokens, layout.text.tokens
         resident = ResidentMask(self._own_masks(), tokens, device, launch_order=ordered)
         mask, table, order = resident.follow(phase), self.owner.table(layout, device), self.order.to(device)
         first = Operands(mask, table, order, self.precision(phase))
-        return resident, replace(first, **self._dealt(phase, layout, device))
+        groups = None
+        if self._mixed():
+            groups = ResidentGroups(self.plan.precision, self.plan.mask, order, tokens, launch_order=ordered)
+            first = replace(first, groups=groups.follow(phase))
+        return resident, groups, replace(first, **self._dealt(phase, layout, device))
+
+    def _mixed(self) -> bool:
+        """Whether heads are put into groups by precision: those of several ranks are others in every phase."""
+        assert self.plan is not None
+        alike = all(len(set(heads)) == 1 for heads in self.plan.precision)
+        return not (alike or self.owner.precision or self.owner.ranks)
 
     def _own_masks(self) -> BlockMask:
         """Masks of all phases, of several ranks those of its own heads."""
@@ -255,8 +269,9 @@ def attend(
         if call.phase not in layer.ran:
             some = query[:, :, : operands.mask.heads]
             layer.ran[call.phase] = what_runs(
-                some, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
-            )
+                some, operands.mask, precision=operands.precision, softmax_scale=scale,
+                text_tokens=layout.text.tokens, impl=layer.owner.impl,
+            )  # fmt: skip
     return out
 
 
@@ -292,6 +307,11 @@ def _follow(
             query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
             table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
             valid_text=_valid_text(layout, attn_mask), softmax_scale=scale,
+        )  # fmt: skip
+    if operands.groups:
+        return attention_by_group(
+            query, key, value, operands.groups, table=operands.table, text_tokens=layout.text.tokens,
+            valid_text=_valid_text(layout, attn_mask), softmax_scale=scale, impl=layer.owner.impl,
         )  # fmt: skip
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,

@@ -91,9 +91,23 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
         "calls": dict(hook.calls),
         "replaced_layers": hook.replaced,
         "prediction": None if hook.verdict is None else str(hook.verdict),
+        "precision": _shares(hook.layers.values(), [phase.share for phase in hook.plan.phases]),
         "density": _mean((layer["density"], 1) for layer in layers.values()),
         "layers": layers,
     }
+
+
+def _shares(layers: Iterable[Layer], phases: Sequence[float]) -> dict[str, float]:
+    """Share of the heads in each precision, as it is applied, largest first; phases count with their share of steps."""
+    found: dict[str, float] = {}
+    for layer in layers:
+        assert layer.plan is not None
+        for phase, share in enumerate(phases):
+            precision, heads = layer.precision(phase), len(layer.plan.orders)
+            for name in precision if isinstance(precision, tuple) else (str(precision),) * heads:
+                found[name] = found.get(name, 0.0) + share / heads
+    total = sum(found.values())
+    return {name: found[name] / total for name in sorted(found, key=lambda name: -found[name])}
 
 
 def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:
@@ -139,6 +153,7 @@ def _table(name: str, part: dict[str, Any]) -> str:
         f"  plan's grid {part['plan_grid']}; calls by grid: {grids}",
     ]
     lines += [f"  {part['prediction']}"] if part["prediction"] else []
+    lines.append("  precision of the heads: " + ", ".join(f"{form} {n:.0%}" for form, n in part["precision"].items()))
     lines += [f"  {count:6} calls {_outcome(kind)}" for kind, count in part["calls"].items()]
     reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
     lines += [f"  {n:6} layer calls {_outcome(kind)}" for kind, n in reasons.items() if kind not in part["calls"]]

@@ -82,7 +82,8 @@ def measure_sensitivity(
     check_sensitivity(what, seeds)
     if what == "none":
         return
-    settings = (settings or PlanSettings()).at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
+    changes = {"budget": "layer_normalised", "sensitivity": False, "precision": None, "int4_share": None}
+    settings = (settings or PlanSettings()).at(PROBE_DENSITY, **changes)
     plans = {name: make_plan(each, settings) for name, each in measured.items()}
     everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
     probes = [(name, place) for name, plan in plans.items() for place in _places(plan, what)]

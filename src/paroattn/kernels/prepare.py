@@ -4,7 +4,7 @@
     Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
     K: (x − k̄) R → int8, one scale per key block
     V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
-    INT4: the integers of `four_bits` as bytes, those of K with their middles, or packed
+    INT4: the integers of `four_bits`, packed or as bytes, which hold K's with their middles and of text those of INT8
 
 (x − k̄) R is computed as x R − k̄ R: 16-bit x and the signs of R are exact, so the product runs on matrix units.
 
@@ -193,11 +193,11 @@ def _rows_kernel(
     x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, feedback_ptr, out_ptr, scale_ptr,
     shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H, BLOCKS, factor, softmax_scale, smallest, norm, top, highest_middle,
+    N, H, BLOCKS, VIDEO, factor, softmax_scale, smallest, norm, top, highest_middle,
     IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, FOUR_BITS: tl.constexpr, PACKED: tl.constexpr, RUN: tl.constexpr,
     ON_GPU: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H).
+    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H). Text begins at VIDEO.
 
     The rotation of 128 channels is one of 64 on either half, their sum and their difference.
     """
@@ -231,7 +231,10 @@ def _rows_kernel(
             left_middle, right_middle = _middle(left, TOKENS, RUN), _middle(right, TOKENS, RUN)
             rest = tl.maximum(tl.abs(left - left_middle), tl.abs(right - right_middle))
             middle = tl.maximum(tl.abs(left_middle), tl.abs(right_middle))
-            scale = tl.maximum(tl.max(rest) / top, tl.maximum(tl.max(middle) / highest_middle, smallest))
+            in_eight = tl.full([TOKENS], 0, tl.int32) + (block + 1) * TOKENS > VIDEO
+            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)))
+            scale = tl.maximum(tl.max(rest) / top, tl.max(middle) / highest_middle)
+            scale = tl.maximum(tl.where((block + 1) * TOKENS > VIDEO, largest / 127.0, scale), smallest)
             tl.store(scale_ptr + bh * BLOCKS + block, scale)
             inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
             left_middle = _round(left_middle * inverse[:, None]).to(tl.float32)
@@ -244,15 +247,19 @@ def _rows_kernel(
                 tl.store(scale_ptr + bh * BLOCKS + block, scale)
                 inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
             else:
-                scale = tl.maximum(largest / top, smallest)
+                in_eight = n >= VIDEO
+                scale = tl.maximum(largest / (tl.where(in_eight, 127.0, top) if FOUR_BITS else top), smallest)
                 tl.store(scale_ptr + rows, scale * factor)
                 inverse = 1.0 / scale
         left, right = left * inverse[:, None], right * inverse[:, None]
         if FOUR_BITS:
             head_ptr = feedback_ptr + bh * D_PAD * D_PAD
-            left, right = _four_bits(left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS)
-            if not PACKED:
-                left, right = left + left_middle, right + right_middle
+            a, b = _four_bits(left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS)
+            if PACKED:
+                left, right = a, b
+            else:
+                left = tl.where(in_eight[:, None], left, a + left_middle)
+                right = tl.where(in_eight[:, None], right, b + right_middle)
             if IS_KEY:
                 left, right = tl.where(real[:, None], left, 0.0), tl.where(real[:, None], right, 0.0)
         if PACKED:
@@ -328,6 +335,7 @@ def prepare(
     precision: Precision,
     softmax_scale: float,
     with_shift: bool,
+    text_tokens: int = 0,
     packed: bool = False,
 ) -> Operands:
     """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
@@ -341,7 +349,8 @@ def prepare(
         precision: Formats of the two products.
         softmax_scale: Factor on q·k.
         with_shift: Return `shift`, which lse needs.
-        packed: For INT4 of both products: store two numbers in a byte.
+        text_tokens: How many tokens are text, the last ones in kernel order.
+        packed: For INT4 of both products without text: store two numbers in a byte.
     """
     batch, tokens, heads, channels = q.shape
     d_pad = 64 if channels <= 64 else 128
@@ -401,8 +410,8 @@ def prepare(
             x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, feedback_ptr=feedback[is_key], out_ptr=out,
             scale_ptr=scale, top=FOUR_BITS_TOP["k" if is_key else "q"] if in_four_bits else 127.0,
             highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, FOUR_BITS=in_four_bits,
-            PACKED=packed, shift_ptr=None if is_key else shift,
-            **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
+            PACKED=packed, VIDEO=tokens - text_tokens if text_tokens else blocks * tile,
+            shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
             factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
             HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
             **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=1 if in_four_bits else STAGES,

@@ -10,7 +10,8 @@
 Quantised products change three lines. K's mean, over every 8th token of the head's order, is subtracted first (softmax
 does not change, whatever is subtracted; lse gets softmax_scale · q·k̄ back), and the channels of Q and K are rotated by
 a Hadamard matrix, which spreads outliers over all channels and leaves q·k as it is. Q gets one scale per token, K one
-per block, V one per channel; how INT4 rounds them, `four_bits` says. P, which is never negative, is stored unsigned.
+per block, V one per channel; how INT4 rounds them, `four_bits` says. Text stays in INT8 then: its queries, and the key
+blocks from the one on in which it begins. P, which is never negative, is stored unsigned.
 Integers count from each row's own maximum inside each key block: with b = max of s over row and block,
 p̂ = round(exp(s − b) · top) · exp(b − m) / top, top = 255 (INT8) or 15 (INT4), and the denominator sums p̂, so that the
 weights of a row add up to one. FP8 needs less care: b is the row's maximum over this and all earlier key blocks, top is
@@ -18,6 +19,7 @@ weights of a row add up to one. FP8 needs less care: b is the row's maximum over
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ P_TOP = {"int8": 255.0, "int4": 15.0, "fp8": 448.0}
 """What the largest p of a row is multiplied by before it is rounded."""
 MEAN_OF_EVERY = 8
 """K's mean is taken over one token in so many."""
+TEXT = FORMATS["int8"]
+"""Queries and keys of text where those of the video are in INT4."""
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From values to integers and their scale."""
 
 
 def to_kernel_order(x: Tensor, table: Tensor, order: Tensor) -> Tensor:
@@ -57,6 +63,7 @@ def reference_attention(
     precision: Precision,
     softmax_scale: float,
     valid_tokens: Tensor | None = None,
+    text_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention with a token order per head.
 
@@ -68,6 +75,7 @@ def reference_attention(
         precision: Formats of the two products.
         softmax_scale: Factor on q·k.
         valid_tokens: (B,) int: keys from this kernel position on are padding. None: no padding.
+        text_tokens: How many tokens are text, the last ones in kernel order.
 
     Returns:
         out (B, N, H, D) in the model's order and q's dtype, and lse (B, H, N) in the model's order.
@@ -82,12 +90,8 @@ def reference_attention(
     if valid_tokens is not None:
         real = (torch.arange(tokens, device=q.device) < valid_tokens[:, None])[:, None]  # (B, 1, N)
         k_, v_ = (x.masked_fill(~real[..., None], 0) for x in (k_, v_))
-    smoothed = FORMATS[precision.qk].scaled
-    mean = _mean_key(k_, real) if smoothed else k_.new_zeros(())
-    k_ = k_ - mean if real is None else (k_ - mean) * real[..., None]
-    q_hat, k_hat = _round_qk(q_, k_, real, mask.block[1], precision)
+    q_hat, k_hat, v_hat, mean = _rounded(q_, k_, v_, real, tokens - text_tokens, mask.block[1], precision)
     q_hat = q_hat * softmax_scale
-    v_hat = _round_v(v_, precision)
 
     out, lse = torch.empty_like(q_), q_.new_empty(batch, heads, tokens)
     kept = mask.dense()
@@ -101,10 +105,31 @@ def reference_attention(
         p, total, largest = _round_p(scores, mask.block, precision)
         out[:, :, rows] = p @ v_hat / total.clamp_min(torch.finfo(compute).tiny)
         lse[:, :, rows] = (largest + total.log()).squeeze(-1)
-    if smoothed:
+    if mean is not None:
         lse += (q_ @ mean.mT).squeeze(-1) * softmax_scale
     lse = to_model_order(lse[..., None], table, order).squeeze(-1).transpose(1, 2)
     return to_model_order(out, table, order).to(q.dtype), lse
+
+
+def some_rows(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, block: tuple[int, int], precision: Precision, softmax_scale: float,
+    text_tokens: int = 0,
+) -> Tensor:  # fmt: skip
+    """The output (B, H, rows, D) of some query rows over all keys, none of them padding; q, k, v in kernel order."""
+    video = q.shape[2] - text_tokens
+    q_hat, k_hat, v_hat, _ = _rounded(q, k, v, None, video, block[1], precision)
+    p, total, _ = _round_p(q_hat[:, :, rows] @ k_hat.mT * softmax_scale, block, precision)
+    return p @ v_hat / total
+
+
+def _rounded(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, video: int, key_block: int, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the products are made of, and the mean that was taken from k, if one was; text begins at `video`."""
+    mean = _mean_key(k, real) if FORMATS[precision.qk].scaled else None
+    if mean is not None:
+        k = k - mean if real is None else (k - mean) * real[..., None]
+    return *_round_qk(q, k, real, video, key_block, precision), _round_v(v, precision), mean
 
 
 def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
@@ -115,20 +140,31 @@ def _mean_key(k: Tensor, real: Tensor | None) -> Tensor:
     return k.sum(2, keepdim=True) / real[:, :, ::MEAN_OF_EVERY].sum(2).clamp_min(1)[..., None, None]
 
 
-def _round_qk(q: Tensor, k: Tensor, real: Tensor | None, key_block: int, precision: Precision) -> tuple[Tensor, Tensor]:
+def _round_qk(
+    q: Tensor, k: Tensor, real: Tensor | None, video: int, key_block: int, precision: Precision
+) -> tuple[Tensor, Tensor]:
     form = FORMATS[precision.qk]
     if not form.scaled:
         return round_to(q, form), round_to(k, form)
     rotation = hadamard(q.shape[-1]).to(q)
     q, k = q @ rotation, k @ rotation
-    if precision.qk == "int4":
-        samples = (x[:, :, ::SAMPLE_OF_EVERY] for x in (q if real is None else q.masked_fill(~real[..., None], 0), k))
-        for_keys, for_queries = map(feedback, samples)
-        rounded = round_queries(q, for_queries), round_keys(k, for_keys, key_block)
-    else:
-        rounded = quantize(q, form, "token"), quantize(k, form, "block", key_block)
-    q_hat, k_hat = (dequantize(*parts) for parts in rounded)
-    return q_hat, k_hat
+    if precision.qk != "int4":
+        return dequantize(*quantize(q, form, "token")), dequantize(*quantize(k, form, "block", key_block))
+    samples = (x[:, :, ::SAMPLE_OF_EVERY] for x in (q if real is None else q.masked_fill(~real[..., None], 0), k))
+    for_keys, for_queries = map(feedback, samples)
+    whole = video if video == k.shape[2] else video // key_block * key_block
+    return (
+        _rounded_in_two(q, video, lambda x: round_queries(x, for_queries), lambda x: quantize(x, TEXT, "token")),
+        _rounded_in_two(
+            k, whole, lambda x: round_keys(x, for_keys, key_block), lambda x: quantize(x, TEXT, "block", key_block)
+        ),
+    )
+
+
+def _rounded_in_two(x: Tensor, first: int, of_video: Rounding, of_text: Rounding) -> Tensor:
+    """The first tokens of (B, H, N, D) rounded in one way, those after them in another."""
+    parts = ((of_video, x[:, :, :first]), (of_text, x[:, :, first:]))
+    return torch.cat([dequantize(*rounded(part)) for rounded, part in parts if part.shape[2]], 2)
 
 
 def _round_v(v: Tensor, precision: Precision) -> Tensor:

@@ -140,8 +140,11 @@ def _timed(what: str, allowed: float, run: Callable[[], Errors]) -> Check:
 class _Inputs:
     """Inputs of a check, on a device."""
 
-    def __init__(self, block: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device):
-        grid, text, heads = (Grid(5, 9, 11) if device.type == "cuda" else Grid(3, 5, 11)), TextSpan(23), len(CHOSEN)
+    def __init__(
+        self, block: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device, text_tokens: int = 23
+    ):
+        grid, heads = (Grid(5, 9, 11) if device.type == "cuda" else Grid(3, 5, 11)), len(CHOSEN)
+        text = TextSpan(text_tokens)
         generator = torch.Generator().manual_seed(0)
         self.layout = Layout(grid, text)
         shape = (2, self.layout.tokens, heads, head_dim)
@@ -157,8 +160,9 @@ class _Inputs:
             "table": self.layout.table(ORDERS).to(device),
             "order": torch.tensor(CHOSEN, dtype=torch.int32, device=device),
             "text_tokens": text.tokens,
-            "valid_text": torch.tensor([text.tokens - 4, 3], device=device),
+            "valid_text": torch.tensor([text.tokens - 4, 3], device=device) if text.tokens else None,
         }
+        self.valid = torch.tensor([text.tokens - 4, 3] if text.tokens else [0, 0], device=device) + grid.tokens
 
     def run(self, impl: str, precision: str) -> Tensor:
         double = precision == "fp64"
@@ -170,12 +174,12 @@ class _Inputs:
     @property
     def real(self) -> Tensor:
         """1 for tokens that are no padding, (B, N, 1, 1); padding is last in the model's order too."""
-        valid = self.layout.grid.tokens + self.settings["valid_text"]
-        return (torch.arange(self.layout.tokens, device=valid.device) < valid[:, None])[..., None, None]
+        return (torch.arange(self.layout.tokens, device=self.valid.device) < self.valid[:, None])[..., None, None]
 
 
 def _check(wanted: Configuration, device: torch.device) -> Errors:
-    case = _Inputs(wanted.block, wanted.head_dim, wanted.dtype, device)
+    no_text = {"text_tokens": 0} if wanted.impl == "native" else {}
+    case = _Inputs(wanted.block, wanted.head_dim, wanted.dtype, device, **no_text)
     out, reference = case.run(wanted.impl, wanted.precision), case.run("reference", wanted.precision)
     exact = case.run("reference", "fp64")
     return _off(out, exact), _off(reference, exact), _off(out, reference)
@@ -186,8 +190,7 @@ def _check_reference(device: torch.device) -> Errors:
     case = _Inputs((64, 64), 64, torch.float64, device)
     tokens, block = case.layout.tokens, torch.arange(case.layout.tokens, device=device) // 64
     kept = case.mask.dense()[:, block][:, :, block]  # (H, N, N) in kernel order
-    valid = case.layout.grid.tokens + case.settings["valid_text"]
-    allowed = kept[None] & (torch.arange(tokens, device=device) < valid[:, None])[:, None, None]
+    allowed = kept[None] & (torch.arange(tokens, device=device) < case.valid[:, None])[:, None, None]
     place = case.settings["table"].long()[case.settings["order"].long()]
     out = torch.zeros_like(case.q)
     for head, index in enumerate(place):

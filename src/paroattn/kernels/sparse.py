@@ -254,6 +254,7 @@ def sparse_attention(
     precision: Precision,
     softmax_scale: float,
     valid_tokens: Tensor | None = None,
+    text_tokens: int = 0,
     return_lse: bool = True,
     four_bit_units: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -272,7 +273,7 @@ def sparse_attention(
     with torch.cuda.device_of(q):
         operands = prepare(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
-            softmax_scale=softmax_scale, with_shift=return_lse, packed=four_bit_units,
+            softmax_scale=softmax_scale, with_shift=return_lse, text_tokens=text_tokens, packed=four_bit_units,
         )  # fmt: skip
         if four_bit_units:
             tile = WARPS[operands.v.shape[-2], mask.block[1]]

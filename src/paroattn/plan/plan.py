@@ -126,6 +126,15 @@ class TransformerPlan:
         """Density by (layers, phases, heads)."""
         return torch.stack([layer.mask.head_density() for layer in self.layers.values()])
 
+    def precision_shares(self) -> dict[str, float]:
+        """Share of the heads in each precision, largest first, phases counting with their share of steps."""
+        shares: dict[str, float] = {}
+        for layer in self.layers.values():
+            for phase, heads in zip(self.phases, layer.precision, strict=True):
+                for name in heads:
+                    shares[name] = shares.get(name, 0.0) + phase.share / (self.heads * len(self.layers))
+        return dict(sorted(shares.items(), key=lambda each: -each[1]))
+
     def phase_at(self, noise_level: float) -> int:
         """Index of the phase that a noise level belongs to."""
         return phase_at(self.phases, noise_level)
