@@ -13,7 +13,7 @@ from paroattn.cli import main
 from paroattn.evaluation import forecast as predictions
 from paroattn.evaluation.forecast import Forecast, forecast, milliseconds, predict, rates_here
 from paroattn.grid import Grid, TextSpan
-from paroattn.kernels import library, selfcheck
+from paroattn.kernels import library, native, selfcheck
 from paroattn.plan.cost import rates_of
 from paroattn.plan.workloads import WORKLOADS, Workload, workload
 
@@ -119,14 +119,19 @@ def test_an_error_far_above_the_reference_s_own_is_wrong_even_if_close_to_it():
     assert selfcheck._timed("kernel", 0.01, lambda: (0.02, 0.02, 0.0101)).problem is not None
 
 
+@pytest.mark.parametrize("missing", [None, "kernels need cuda.core"])
 @pytest.mark.parametrize(("capability", "precisions"), [((8, 0), 3), ((8, 9), 4), ((9, 0), 4)])
-def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability, precisions, monkeypatch):
+def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability, precisions, missing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    found = selfcheck.configurations(torch.device("cuda"))
-    assert len(found) == len(set(map(str, found))) == precisions * 4 * 2
-    assert {each.impl for each in found} == {"triton"} and {each.dtype for each in found} == {torch.bfloat16}
+    monkeypatch.setattr(native, "missing", lambda: missing)
+    found, left_out = selfcheck.configurations(torch.device("cuda")), selfcheck.skipped(torch.device("cuda"))
+    has_units = capability[0] == 8
+    kernels = {"triton", "native"} if has_units and missing is None else {"triton"}
+    assert len(found) == len(set(map(str, found))) == (precisions + len(kernels) - 1) * 4 * 2
+    assert {each.impl for each in found} == kernels and {each.dtype for each in found} == {torch.bfloat16}
     assert any(each.precision == "int8/fp8" for each in found) == (capability >= (8, 9))
-    assert len(selfcheck.skipped(torch.device("cuda"))) == (capability < (8, 9))
+    assert len(left_out) == (capability < (8, 9)) + (has_units and missing is not None)
+    assert any("four bits: kernels need cuda.core" in line for line in left_out) == (has_units and missing is not None)
 
 
 @pytest.mark.gpu

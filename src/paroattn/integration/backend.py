@@ -189,8 +189,9 @@ def attend(
         if call.phase not in layer.ran:
             some = query[:, :, : operands.mask.heads]
             layer.ran[call.phase] = what_runs(
-                some, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
-            )
+                some, operands.mask, precision=operands.precision, softmax_scale=scale,
+                text_tokens=layout.text.tokens, impl=layer.owner.impl,
+            )  # fmt: skip
     return out
 
 

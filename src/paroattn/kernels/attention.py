@@ -76,9 +76,11 @@ def attention(
         precision: Formats of the two products, such as "int8", for all heads or one per head. None: the tensors' own.
         softmax_scale: Factor on q·k. None: 1 / √D.
         return_lse: Return lse too.
-        impl: "cpu", "triton", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the reference
-            for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU because no
-            kernel handles the formats, blocks or head dimension, a warning says why, once.
+        impl: "cpu", "triton", "native", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the
+            reference for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU
+            because no kernel handles the formats, blocks or head dimension, a warning says why, once. "native", INT4
+            on matrix units of four bits, takes no text and needs `paroattn[native]`; "auto" takes it on GPUs of
+            capability 8.0 to 8.9, and warns once where that is not installed.
 
     Returns:
         out (B, N, H, D) in the model's order and q's dtype; with `return_lse` also lse (B, H, N) in the model's order,
@@ -88,7 +90,7 @@ def attention(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If arguments do not fit each other, a gradient is wanted, or `impl` cannot do what is asked.
-        RuntimeError: If the GPU lacks a format, or Triton or what it needs is missing.
+        RuntimeError: If the GPU lacks a format, or Triton, or what `impl` needs, is missing.
     """
     _check_tensors(q, k, v)
     _check_mask(mask, q)
@@ -178,6 +180,7 @@ def what_runs(
     *,
     precision: str | Precision | Sequence[str | Precision] | None = None,
     softmax_scale: float | None = None,
+    text_tokens: int = 0,
     impl: str = "auto",
 ) -> str:
     """Name what runs `attention` on these arguments, such as "triton", or "cpu + reference" if heads differ.
@@ -187,7 +190,7 @@ def what_runs(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     groups = _heads_by_precision(precision, q)
-    return " + ".join(sorted({choose(impl, q, mask, parse(name), scale) for name in groups}))
+    return " + ".join(sorted({choose(impl, q, mask, parse(name), scale, text_tokens) for name in groups}))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

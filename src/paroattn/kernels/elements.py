@@ -108,12 +108,62 @@ def _four_carried_tokens(
 def _carried_runs(
     x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, first, D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Runs of 16 tokens in four bits, transposed and renamed, (64, TOKENS) int8; see `four_bits.round_values`."""
+    """Runs of 16 tokens in four bits, int8, token 8 g + 4 t₁ + 2 t₀ + i at (run, channel, i, t₀, t₁, g).
+
+    See `four_bits.round_values`.
+    """
     n = first + tl.arange(0, TOKENS // 16) * 16
     error = tl.zeros([TOKENS // 16, 64], tl.float32)
     a, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n, D)
     b, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 4, D)
     c, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 8, D)
     d, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 12, D)
-    runs = tl.join(tl.join(a, b), tl.join(c, d))  # token 8 g + 4 t₁ + 2 t₀ + i at (run, d, i, t₀, t₁, g)
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _transposed_runs(runs, TOKENS: tl.constexpr):
+    """(64, TOKENS) int8, tokens renamed as for INT8."""
     return tl.reshape(tl.permute(runs, (1, 0, 4, 3, 5, 2)), [64, TOKENS])
+
+
+@triton.jit
+def _packed_runs(runs, TOKENS: tl.constexpr):
+    """(64, TOKENS / 2) bytes of two tokens each, token 32 h + 8 g + 2 t + i at 32 h + 8 t + 2 g + i."""
+    pairs = tl.reshape(runs, [TOKENS // 32, 2, 64, 2, 2, 2, 2])  # h, g₁, channel, i, t₀, t₁, g₀
+    pairs = tl.reshape(tl.permute(pairs, (2, 0, 5, 4, 1, 6, 3)), [64, TOKENS // 2, 2])
+    return _two_in_a_byte(pairs)
+
+
+@triton.jit
+def _packed(x, TOKENS: tl.constexpr):
+    """(TOKENS, 32) bytes of two neighbouring channels each, from (TOKENS, 64)."""
+    return _two_in_a_byte(tl.reshape(x, [TOKENS, 32, 2]))
+
+
+@triton.jit
+def _two_in_a_byte(pairs):
+    """The first in the lower half; of larger integers the last four bits."""
+    first, second = tl.split(pairs)
+    return ((first & 15) | (second << 4)).to(tl.int8)
+
+
+@triton.jit
+def _store_packed(
+    block_ptr, left, right, left_middle, right_middle,
+    IS_KEY: tl.constexpr, RUN: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Store a block of Q, or of K and then the lower and the upper four bits of every run's middle."""
+    place = tl.arange(0, TOKENS)
+    at = block_ptr + place[:, None] * (D_PAD // 2) + tl.arange(0, 32)[None, :]
+    tl.store(at, _packed(_round(left), TOKENS))
+    if D_PAD == 128:
+        tl.store(at + 32, _packed(_round(right), TOKENS))
+    if IS_KEY:
+        at += (TOKENS - place + place // RUN * 2 + place % RUN)[:, None] * (D_PAD // 2)
+        lower, one_of_two = (place % RUN == 0)[:, None], (place % RUN < 2)[:, None]
+        middle = _round(left_middle)
+        tl.store(at, _packed(tl.where(lower, middle, (middle + 8) >> 4), TOKENS), mask=one_of_two)
+        if D_PAD == 128:
+            middle = _round(right_middle)
+            tl.store(at + 32, _packed(tl.where(lower, middle, (middle + 8) >> 4), TOKENS), mask=one_of_two)

@@ -4,7 +4,7 @@
     Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
     K: (x − k̄) R → int8, one scale per key block
     V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
-    INT4: the integers of `four_bits` as bytes, those of K with their middles; of text in Q and K those of INT8
+    INT4: the integers of `four_bits`, packed or as bytes, which hold K's with their middles and of text those of INT8
 
 (x − k̄) R is computed as x R − k̄ R: 16-bit x and the signs of R are exact, so the product runs on matrix units.
 
@@ -14,6 +14,11 @@ kernel takes column 16 h + 8 g + 2 t + i of P for column 16 h + 4 t + 2 g + i; V
 Layout: q, k and 16-bit v (B, H, tokens, D'), 8-bit v (B, H, D', tokens), D' = 64 or 128, tokens padded to whole blocks.
 Padding, of channels and of tokens, is 0; what pads the text counts as padding in K and V. 16-bit operands are only
 gathered.
+
+Packed, two numbers share a byte, the first in its lower half: q (B, H, tokens, D' / 2); k (B, H, key blocks,
+tokens of a block + a 16th, D' / 2), where the lower and the upper four bits of each middle follow what is left of the
+tokens; v (B, H, key blocks, D', tokens of a block / 2). V's tokens and channels are renamed inside each group of 32:
+position 32 h + 8 t + 2 g + i of a token, and position 32 h + 8 g + 2 t + i of a channel, hold the other.
 """
 
 from dataclasses import dataclass
@@ -26,7 +31,17 @@ from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from . import four_bits
-from .elements import _carried_runs, _four_bits, _gather, _middle, _rotate, _round
+from .elements import (
+    _carried_runs,
+    _four_bits,
+    _gather,
+    _middle,
+    _packed_runs,
+    _rotate,
+    _round,
+    _store_packed,
+    _transposed_runs,
+)
 from .reference import MEAN_OF_EVERY
 from .tiles import INTERPRETED
 
@@ -55,7 +70,7 @@ STAGES = 3
 
 @dataclass(frozen=True)
 class Operands:
-    """What the sparse kernel reads.
+    """What the sparse kernel reads; shapes of q, k and v unless packed.
 
     Attributes:
         q: (B, H, query tokens, D').
@@ -179,8 +194,8 @@ def _rows_kernel(
     shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
     N, H, BLOCKS, VIDEO, factor, softmax_scale, smallest, norm, top, highest_middle,
-    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, FOUR_BITS: tl.constexpr, RUN: tl.constexpr, ON_GPU: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, FOUR_BITS: tl.constexpr, PACKED: tl.constexpr, RUN: tl.constexpr,
+    ON_GPU: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H). Text begins at VIDEO.
 
@@ -240,14 +255,22 @@ def _rows_kernel(
         if FOUR_BITS:
             head_ptr = feedback_ptr + bh * D_PAD * D_PAD
             a, b = _four_bits(left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS)
-            left = tl.where(in_eight[:, None], left, a + left_middle)
-            right = tl.where(in_eight[:, None], right, b + right_middle)
+            if PACKED:
+                left, right = a, b
+            else:
+                left = tl.where(in_eight[:, None], left, a + left_middle)
+                right = tl.where(in_eight[:, None], right, b + right_middle)
             if IS_KEY:
                 left, right = tl.where(real[:, None], left, 0.0), tl.where(real[:, None], right, 0.0)
-        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
-        tl.store(out, _round(left).to(tl.int8))
-        if D_PAD == 128:
-            tl.store(out + 64, _round(right).to(tl.int8))
+        if PACKED:
+            STORED: tl.constexpr = TOKENS + TOKENS // 16 if IS_KEY else TOKENS
+            block_ptr = out_ptr + (bh * BLOCKS + block) * (STORED * D_PAD // 2)
+            _store_packed(block_ptr, left, right, left_middle, right_middle, IS_KEY, RUN, D_PAD, TOKENS)
+        else:
+            out = out_ptr + rows[:, None] * D_PAD + d[None, :]
+            tl.store(out, _round(left).to(tl.int8))
+            if D_PAD == 128:
+                tl.store(out + 64, _round(right).to(tl.int8))
         if HAS_SHIFT:
             shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
             if D_PAD == 128:
@@ -260,7 +283,7 @@ def _values_kernel(
     v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
     stride_b, stride_n, stride_h, stride_d,
     N, H, carry,
-    STORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    STORED: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """64 channels of one key block of V in 8 or 4 bits; grid (key blocks · D_PAD / 64, B·H)."""
     PARTS: tl.constexpr = D_PAD // 64
@@ -279,7 +302,12 @@ def _values_kernel(
         runs = _carried_runs(
             v_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, block * TOKENS, D - first, TOKENS
         )
-        tl.store(out, runs)
+        if PACKED:
+            row = (d & ~30) | ((d & 24) >> 2) | ((d & 6) << 2)  # 32 h + 8 t + 2 g + i → 32 h + 8 g + 2 t + i
+            out = out_ptr + ((bh * blocks + block) * D_PAD + row)[:, None] * (TOKENS // 2)
+            tl.store(out + tl.arange(0, TOKENS // 2)[None, :], _packed_runs(runs, TOKENS))
+        else:
+            tl.store(out, _transposed_runs(runs, TOKENS))
     else:
         token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
         n = block * TOKENS + token
@@ -308,6 +336,7 @@ def prepare(
     softmax_scale: float,
     with_shift: bool,
     text_tokens: int = 0,
+    packed: bool = False,
 ) -> Operands:
     """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
 
@@ -321,6 +350,7 @@ def prepare(
         softmax_scale: Factor on q·k.
         with_shift: Return `shift`, which lse needs.
         text_tokens: How many tokens are text, the last ones in kernel order.
+        packed: For INT4 of both products without text: store two numbers in a byte.
     """
     batch, tokens, heads, channels = q.shape
     d_pad = 64 if channels <= 64 else 128
@@ -366,7 +396,12 @@ def prepare(
     def rows(x: Tensor, blocks: int, size: int, is_key: bool) -> tuple[Tensor, Tensor | None]:
         if not smoothed:
             return gathered(x, blocks, size, precision.qk, not is_key), None
-        out = empty(blocks * size, d_pad, dtype=torch.int8)
+        if not packed:
+            out = empty(blocks * size, d_pad, dtype=torch.int8)
+        elif is_key:
+            out = empty(blocks, size + size // 16, d_pad // 2, dtype=torch.int8)
+        else:
+            out = empty(blocks * size, d_pad // 2, dtype=torch.int8)
         tile = size if is_key else min(size, 64)
         scale = empty(blocks if is_key else blocks * size)
         blocks = blocks * size // tile
@@ -374,8 +409,8 @@ def prepare(
         _rows_kernel[(triton.cdiv(blocks, at_once), batch * heads)](
             x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, feedback_ptr=feedback[is_key], out_ptr=out,
             scale_ptr=scale, top=FOUR_BITS_TOP["k" if is_key else "q"] if in_four_bits else 127.0,
-            highest_middle=four_bits.LARGEST_MIDDLE, FOUR_BITS=in_four_bits, RUN=four_bits.TOKENS_PER_MIDDLE,
-            VIDEO=tokens - text_tokens if text_tokens else blocks * tile,
+            highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, FOUR_BITS=in_four_bits,
+            PACKED=packed, VIDEO=tokens - text_tokens if text_tokens else blocks * tile,
             shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
             factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
             HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
@@ -389,11 +424,12 @@ def prepare(
     if not scaled:
         v_ = gathered(v, key_blocks, block[1], precision.pv, False)
         return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
-    v_ = empty(d_pad, key_blocks * block[1], dtype=STORED[precision.pv])
+    v_shape = (key_blocks, d_pad, block[1] // 2) if packed else (d_pad, key_blocks * block[1])
+    v_ = empty(*v_shape, dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
-        carry=four_bits.CARRY, STORED=precision.pv, **sizes, TOKENS=block[1],
+        carry=four_bits.CARRY, STORED=precision.pv, PACKED=packed, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
 

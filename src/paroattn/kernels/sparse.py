@@ -32,7 +32,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..block_mask import BlockMask
 from ..precision import Precision
 from .prepare import LOG2_E, Operands, _signs, prepare
-from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, LOWEST_CAPABILITY, Ring, Tile, capability, tile_of, units
+from .tiles import (
+    BLOCKS,
+    INTERPRETED,
+    LARGEST_HEAD,
+    LOWEST_CAPABILITY,
+    WARPS,
+    Ring,
+    Tile,
+    Warps,
+    capability,
+    tile_of,
+    units,
+)
 from .toolchain import check_toolchain
 
 
@@ -244,8 +256,11 @@ def sparse_attention(
     valid_tokens: Tensor | None = None,
     text_tokens: int = 0,
     return_lse: bool = True,
+    four_bit_units: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention on a GPU: arguments and results of `reference_attention`, lse on request.
+
+    With `four_bit_units`, INT4 of both products runs on matrix units of four bits.
 
     Raises:
         ValueError: If blocks, head dimension or softmax_scale are not handled.
@@ -258,9 +273,12 @@ def sparse_attention(
     with torch.cuda.device_of(q):
         operands = prepare(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
-            softmax_scale=softmax_scale, with_shift=return_lse, text_tokens=text_tokens,
+            softmax_scale=softmax_scale, with_shift=return_lse, text_tokens=text_tokens, packed=four_bit_units,
         )  # fmt: skip
-        tile = tile_of(capability(q.device), precision, mask.block, operands.q.shape[-1])
+        if four_bit_units:
+            tile = WARPS[operands.v.shape[-2], mask.block[1]]
+        else:
+            tile = tile_of(capability(q.device), precision, mask.block, operands.q.shape[-1])
         return attend(
             operands, q.shape, q.dtype, table=table, order=order, mask=mask, precision=precision, tile=tile,
             softmax_scale=softmax_scale, valid=valid_tokens, return_lse=return_lse,
@@ -276,7 +294,7 @@ def attend(
     order: Tensor,
     mask: BlockMask,
     precision: Precision,
-    tile: Tile | Ring,
+    tile: Tile | Ring | Warps,
     softmax_scale: float,
     valid: Tensor,
     return_lse: bool,
@@ -307,6 +325,10 @@ def attend(
             operands.q, operands.k, operands.v, operands.v_start, block=mask.block, ring=tile,
             programs=programs, **units(precision), **arguments,
         )  # fmt: skip
+    elif isinstance(tile, Warps):
+        from . import int4
+
+        int4.launch(operands, tile, mask.block, programs, **arguments)
     else:
         scale = softmax_scale * LOG2_E
         _launch(

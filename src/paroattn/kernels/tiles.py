@@ -17,7 +17,7 @@ LARGEST_HEAD = 128
 LOWEST_CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp16": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
 
 STORED_AS = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
-"""Four bits travel in bytes, the same integers: no kernel here uses matrix units of four bits."""
+"""Four bits travel in bytes, the same integers; `int4.py` alone uses matrix units of four bits."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,21 @@ class Ring:
     matrix_sums: bool = False
 
 
+@dataclass(frozen=True)
+class Warps:
+    """How a program of `cuda/int4.cu` is compiled.
+
+    Attributes:
+        rows: Query rows of a program, 16 for each warp; at most a query block.
+        stages: Key blocks in flight.
+        programs: How many a multiprocessor is to hold, which limits their registers.
+    """
+
+    rows: int
+    stages: int
+    programs: int
+
+
 TILES = {
     # (from capability, format of P·V, D'): fastest of those measured on an H200 from (9, 0) on, else without spills
     ((9, 0), "fp8", 128): Tile(64, 4, 3, descriptors=True),
@@ -83,6 +98,13 @@ RINGS = {
     ("int8", 64, 64): Ring(4, 96, matrix_sums=True),
 }
 """Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
+WARPS = {
+    # (D', tokens of a key block): as many programs as there are registers for without spills
+    (128, 128): Warps(64, 2, 2),
+    (128, 64): Warps(64, 2, 2),
+    (64, 128): Warps(64, 2, 3),
+    (64, 64): Warps(64, 2, 4),
+}
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
