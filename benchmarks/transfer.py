@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fidelity import executed, tuned
+from at_density import executed, tuned
 from fidelity_demo import all_kept
 from paroattn import apply, remove, report
 from paroattn.capture import Statistics

@@ -12,6 +12,7 @@ from tiny_models import random_plan, tiny_wan, wan_inputs
 import fidelity
 import rules
 import tables
+from at_density import warmed, warmup_steps
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.demo import pipeline as demo
 from paroattn.grid import Grid, Layout, token_order
@@ -337,6 +338,11 @@ def test_a_rule_that_keeps_more_than_it_may_is_refused(wan):
 # Density and warm-up
 
 
+def unchanged(plan, name):
+    """In place of refining."""
+    return plan
+
+
 @pytest.fixture(scope="module")
 def small():
     """The bundled model on a small grid, and its statistics."""
@@ -348,16 +354,16 @@ def small():
 
 @pytest.mark.parametrize(("steps", "dense"), [(24, 5), (5, 1), (2, 1), (10, 2), (15, 3)])
 def test_a_fifth_of_the_steps_is_rounded_up(steps, dense):
-    assert fidelity.warmup_steps(0.2, steps) == dense
-    assert fidelity.warmup_steps(0.0, steps) == 0
+    assert warmup_steps(0.2, steps) == dense
+    assert warmup_steps(0.0, steps) == 0
 
 
 @pytest.mark.parametrize("warmup", fidelity.WARMUPS)
 @pytest.mark.parametrize("name", [name for name in fidelity.METHODS if name != "dense"])
 def test_every_method_is_set_to_the_density_that_is_asked_for(small, name, warmup):
     bench, statistics = small
-    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32")
-    dense = fidelity.warmup_steps(warmup, STEPS)
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged)
+    dense = warmup_steps(warmup, STEPS)
     for density in (0.5, 0.3, 0.2):
         method = methods(name, density, bench.levels[dense:])
         counted = [
@@ -369,13 +375,16 @@ def test_every_method_is_set_to_the_density_that_is_asked_for(small, name, warmu
         rule, _, reorder = name.partition("+")
         assert (method.choose is rules.DYNAMIC.get(rule)) and (method.choose is None) == (rule not in rules.DYNAMIC)
         used = {order for layer in method.plan.layers.values() for order in layer.orders}
-        assert (used == {"FHW"}) == (not reorder and name not in ("paroattn", "paper", "spatial-temporal"))
+        ours = name in ("paroattn", "paroattn-unrefined")
+        assert (used == {"FHW"}) == (not reorder and not ours and name not in ("paper", "spatial-temporal"))
 
 
 def test_ours_is_what_calibrating_makes_by_default(small):
     _, statistics = small
     levels = statistics.noise_levels  # the schedule of the calibration needs no tuning
-    ours = fidelity.Methods(statistics, (0.25, 0.5, 0.75, 1.0), "fp32")("paroattn", 0.3, tuple(levels)).plan
+    ours = fidelity.Methods(statistics, (0.25, 0.5, 0.75, 1.0), "fp32", unchanged)(
+        "paroattn-unrefined", 0.3, tuple(levels)
+    ).plan
     default = make_plan(statistics, PlanSettings(0.3))
     assert statistics.level_weights and not statistics.layer_weights
     assert ours.density == pytest.approx(0.3, abs=0.001)
@@ -387,7 +396,7 @@ def test_ours_is_what_calibrating_makes_by_default(small):
 def test_a_warm_up_is_a_phase_of_its_own_with_every_block(small):
     bench, statistics = small
     plan = make_plan(statistics, PlanSettings(0.3, phase_ends=(0.4, 1.0)))
-    longer = fidelity.warmed(plan, bench.levels, 2)
+    longer = warmed(plan, bench.levels, 2)
     for step, level in enumerate(bench.levels):
         for name, layer in longer.layers.items():
             found = layer.mask[phase_at(longer.phases, level)].dense()
@@ -395,17 +404,17 @@ def test_a_warm_up_is_a_phase_of_its_own_with_every_block(small):
             assert torch.equal(found, torch.ones_like(wanted) if step < 2 else wanted)
             assert layer.orders == plan.layers[name].orders
     assert longer.phases[0].share == pytest.approx(2 / STEPS)
-    assert fidelity.warmed(plan, bench.levels, 0) is plan
+    assert warmed(plan, bench.levels, 0) is plan
 
 
 def test_the_first_steps_of_a_warm_up_make_what_dense_steps_make(small):
     bench, statistics = small
-    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32")
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged)
     made = {}
     for name, plan, choose in (
         ("dense", methods.dense(), None),
-        ("static", fidelity.warmed(methods("paroattn", 0.3, bench.levels).plan, bench.levels, 2), None),
-        ("dynamic", fidelity.warmed(methods("oracle", 0.3, bench.levels).plan, bench.levels, 2), rules.oracle),
+        ("static", warmed(methods("paroattn", 0.3, bench.levels).plan, bench.levels, 2), None),
+        ("dynamic", warmed(methods("oracle", 0.3, bench.levels).plan, bench.levels, 2), rules.oracle),
     ):
         steps = made[name] = []
         apply(bench.pipe, Plan({"transformer": plan}), impl="auto")
@@ -431,7 +440,7 @@ def run(small, tmp_path_factory):
     out = folder / "fidelity.json"
     out.write_text(json.dumps({"rows": [{"method": "kept"}, {"method": "paper", "frames": 49}]}))
     base = ["--out", str(out), "--statistics", str(statistics), "--precision", "fp32", "--steps", "2", "--clips", "1"]
-    base += ["--size", "5", "24", "28"]
+    base += ["--size", "5", "24", "28", "--refining", "1", "1", "2"]
     fidelity.main([*base, "--densities", "0.5"])
     fidelity.main([*base, "--densities", "0.5", "0.3", "--methods", "paper", "--warmups", "0"])
     return json.loads(out.read_text())["rows"]
