@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fidelity_tables
 import quality
 import refined
-import tables
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS, words_of
 
 
@@ -48,12 +48,12 @@ def test_a_batch_has_noise_of_its_own_for_every_clip_and_seed():
     ids=["not measured", "nothing beside it", "means alone", "clip by clip"],
 )  # fmt: skip
 def test_a_cell_names_the_mean_and_the_difference_on_the_same_clips(row, base, cell):
-    assert tables.quality_cell(row, base) == cell
+    assert fidelity_tables.quality_cell(row, base) == cell
 
 
 def test_every_experiment_is_in_the_table_and_says_what_it_is():
-    rows = tables.rows_of("quality_experiments")
-    text = tables.quality()
+    rows = fidelity_tables.rows_of("quality_experiments")
+    text = fidelity_tables.quality()
     assert rows and all(row["idea"] and f"({row['method'].removeprefix('paroattn-')})" in text for row in rows)
     for row in rows:
         assert row["psnr"] is None or row["psnr_mean"] == pytest.approx(sum(row["psnr"]) / row["clips"], abs=2e-3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tables
+import fidelity_tables
 import transfer
 from paroattn.capture.regrid import RegriddedStatistics, regridded
 from paroattn.demo.pipeline import load_demo
@@ -166,10 +166,10 @@ def test_the_table_pairs_both_plans_and_the_two_numbers_of_prompts(monkeypatch):
         made("prompt", "calibrated on 16", [24.5, 26.1], [25.0, 27.0]),
         made("steps", "4, distilled", [30.0, 20.0], [31.0, 21.0], {"psnr_student": 20.25}),
     ]
-    monkeypatch.setattr(tables, "rows_of", lambda name: rows)
-    text = tables.transfer()
+    monkeypatch.setattr(fidelity_tables, "rows_of", lambda name: rows)
+    text = fidelity_tables.transfer()
     assert "| prompt: calibrated on 2, 0.3 | 0.290 | 25.0 | 24.0 | 26.0 | 1.00 [0.50, 1.50] |" in text
     assert "16 prompts instead of two: at 0.3 0.30 dB." in text
     assert text.index("calibrated on 16") < text.index("4, distilled")
-    monkeypatch.setattr(tables, "rows_of", lambda name: [])
-    assert tables.transfer() == tables.NOTHING
+    monkeypatch.setattr(fidelity_tables, "rows_of", lambda name: [])
+    assert fidelity_tables.transfer() == fidelity_tables.NOTHING
