@@ -9,7 +9,8 @@ same noise and are compared with the same dense clips. Each is set so that the d
 are not dense, is the one asked for. With a warm-up of 0.2 the first fifth of the steps keeps every block.
 
     dense               every block kept, tokens in our orders: what rounding alone does to the clips
-    paroattn            what ships: calibrated, then refined on 128 prompts that no clip here is made of
+    paroattn            what ships: calibrated, then refined on 128 prompts that no clip here is made of; where the
+                        bundled plan has the density, this plan itself
     paroattn-unrefined  the same without refining: what calibrating makes by default
     paroattn-in-order   refined too, but without reordering
     none                calibrated without reordering, with our scores and budget
@@ -40,17 +41,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from at_density import tuned, warmed, warmup_steps
+from at_density import CLOSE, executed, tuned, warmed, warmup_steps
 from fidelity_demo import CANDIDATES, CLIP, Bench, Rule, all_kept
 from paroattn.block_mask import blocks_of
 from paroattn.capture import CaptureSettings, Statistics
-from paroattn.demo.pipeline import MODEL, STEPS, weights_sha256
+from paroattn.demo.pipeline import MODEL, PLAN, STEPS, weights_sha256
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.evaluation.fidelity import Summary, compare, summarise
 from paroattn.integration.calibrate import collect
 from paroattn.integration.schedule import noise_levels
 from paroattn.integration.sensitivity import measure_sensitivity
-from paroattn.plan.plan import TransformerPlan
+from paroattn.plan.plan import Plan, TransformerPlan
 from paroattn.plan.search import PHASE_ENDS, PlanSettings, make_plan
 from records import environment, merge, read
 from refined import AT_ONCE, REFINING_STEPS, ROUNDS, Refiner
@@ -110,13 +111,15 @@ class Methods:
         phase_ends: Of our plans.
         precision: Of all plans.
         refine: Makes the refined plan of a plan and a name for it.
+        bundled: The plan that ships, which is `paroattn` wherever it fits and executes the density.
     """
 
     def __init__(
         self, statistics: Statistics, phase_ends: tuple[float, ...], precision: str,
-        refine: Callable[[TransformerPlan, str], TransformerPlan],
+        refine: Callable[[TransformerPlan, str], TransformerPlan], bundled: TransformerPlan | None = None,
     ):  # fmt: skip
         self.statistics, self.phase_ends, self.precision, self.refine = statistics, phase_ends, precision, refine
+        self.bundled = bundled
         self.planned = cache(self._planned)
 
     def __call__(self, name: str, density: float, levels: tuple[float, ...]) -> Method:
@@ -146,6 +149,8 @@ class Methods:
         return "paroattn-unrefined" if oracle.endswith("+reorder") else "none"
 
     def _planned(self, name: str, density: float, levels: tuple[float, ...]) -> TransformerPlan:
+        if name == "paroattn" and self.bundled is not None and self._fits(self.bundled, density, levels):
+            return self.bundled
         if name in REFINED:
             plan = self.planned(REFINED[name], density, levels)
             return self.refine(plan, f"{name}-{density:g}-{len(levels)}")
@@ -160,6 +165,11 @@ class Methods:
             return make_plan(self.statistics, settings)
 
         return tuned(make, density, levels)
+
+    def _fits(self, plan: TransformerPlan, density: float, levels: tuple[float, ...]) -> bool:
+        """Whether a plan is for this model's grid and blocks, and executes the density."""
+        same = (plan.grid, plan.block) == (self.statistics.layout.grid, self.statistics.settings.block)
+        return same and abs(executed(plan, levels) - density) <= CLOSE
 
     def _even(self, density: float, levels: tuple[float, ...], reorder: bool) -> TransformerPlan:
         """As many blocks in every row; which ones is for the rule to say."""
@@ -249,16 +259,16 @@ class Asked:
 
 def asked(args: argparse.Namespace) -> Iterator[Asked]:
     """Every row, the most important first."""
-    if "dense" in args.methods:
-        yield Asked("dense", 1.0, 0.0, args.precision)
-        yield from (Asked("dense", 1.0, 0.0, each) for each in args.precisions)
-        yield from (Asked("dense", 1.0, 0.0, "int8-pv", scales) for scales in args.scales)
     for warmup in args.warmups:
         for name in (name for name in METHODS if name in args.methods and name != "dense"):
             yield from (Asked(name, density, warmup, args.precision) for density in args.densities)
             if name == "paroattn" and warmup == 0:
                 some = [density for density in args.densities if density in QUANTISED]
                 yield from (Asked(name, density, 0.0, each) for density in some for each in args.precisions)
+    if "dense" in args.methods:
+        yield Asked("dense", 1.0, 0.0, args.precision)
+        yield from (Asked("dense", 1.0, 0.0, each) for each in args.precisions)
+        yield from (Asked("dense", 1.0, 0.0, "int8-pv", scales) for scales in args.scales)
 
 
 def rows(bench: Comparison, methods: Methods, wanted: Iterable[Asked], there: set[str]) -> Iterator[dict[str, Any]]:
@@ -279,7 +289,7 @@ def rows(bench: Comparison, methods: Methods, wanted: Iterable[Asked], there: se
         else:
             method = methods(each.method, each.density, levels)
         precision = bench.precision if each.scales else each.precision
-        yield row | bench.measure(method, each.warmup, precision)
+        yield row | {"bundled": method.plan is methods.bundled} | bench.measure(method, each.warmup, precision)
 
 
 def identity(row: dict[str, Any]) -> str:
@@ -348,7 +358,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     statistics, last = replace(statistics, layer_weights={}), time.time()
     refiner = Refiner(bench.pipe, statistics, bench.call, *args.refining, folder=args.plans)
-    methods = Methods(statistics, phase_ends, args.precision, refiner)
+    bundled = Plan.from_pretrained(PLAN)["transformer"] if args.model == MODEL else None
+    methods = Methods(statistics, phase_ends, args.precision, refiner, bundled)
     there = set(map(identity, read(args.out))) if args.resume else set()
     for row in rows(bench, methods, asked(args), there):
         merge(args.out, [row | about], KEY)

@@ -15,11 +15,12 @@ import fidelity_tables
 import markdown
 import rounding
 import rules
-from at_density import warmed, warmup_steps
+from at_density import executed, warmed, warmup_steps
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.demo import pipeline as demo
 from paroattn.grid import Grid, Layout, token_order
 from paroattn.integration.apply import apply, remove, report
+from paroattn.integration.schedule import noise_levels
 from paroattn.kernels.attention import attention
 from paroattn.phases import phase_at
 from paroattn.plan.plan import Plan
@@ -563,6 +564,25 @@ def test_a_refined_plan_is_made_once_for_each_name_and_keeps_orders_and_densitie
     kept = replace(refiner, pipe=None)(before, f"paroattn-0.3-{STEPS}")  # no pipeline: it is read
     for name, layer in ours.layers.items():
         assert torch.equal(kept.layers[name].mask.bits, layer.mask.bits)
+
+
+def test_the_bundled_plan_is_ours_where_it_fits_and_has_the_density(small):
+    bench, statistics = small
+    other = make_plan(statistics, PlanSettings(0.4, phase_ends=(0.4, 1.0)))
+    density = executed(other, bench.levels)
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged, other)
+    assert methods("paroattn", density, bench.levels).plan is other
+    for name, wanted in (("paroattn", density - 0.01), ("paroattn-unrefined", density), ("paroattn-in-order", density)):
+        assert methods(name, wanted, bench.levels).plan is not other
+    elsewhere = replace(other, grid=Grid(*tuple(other.grid)[::-1]))
+    assert not fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged)._fits(elsewhere, density, bench.levels)
+
+
+def test_the_plan_that_ships_has_the_density_that_its_row_is_asked_for():
+    plan = Plan.from_pretrained(demo.PLAN)["transformer"]
+    scheduler = demo.load_demo().scheduler
+    scheduler.set_timesteps(demo.STEPS)
+    assert executed(plan, noise_levels(scheduler)) == pytest.approx(0.3, abs=1e-3)
 
 
 @pytest.mark.parametrize("scales", [None, *rounding.SHARED])
