@@ -19,9 +19,9 @@ from paroattn.grid import Layout
 from paroattn.integration.apply import recording
 from paroattn.integration.generate import run
 from paroattn.integration.projection import output_projection
-from paroattn.kernels.reference import to_kernel_order, to_model_order
+from paroattn.kernels.reference import to_model_order
 from paroattn.plan.plan import TransformerPlan
-from standing_in import Place, instead
+from standing_in import Place, clips_of, instead
 
 ROWS = {"cpu": 4, "cuda": 16}
 """Query blocks at once."""
@@ -170,7 +170,7 @@ def looked_at(pipe: Any, plan: TransformerPlan, prompts: Sequence[str], steps: i
         table = tables.setdefault(q.device, Layout(plan.grid).table(orders).to(q.device))
         order = torch.tensor([orders.index(each) for each in plan.layers[layer].orders], device=q.device)
         w_o = output_projection(rest[-1], layer, attn, device=q.device)
-        for clip in zip(*(to_kernel_order(x.float(), table, order) for x in (q, k, v)), strict=True):
+        for clip in clips_of(q, k, v, table, order):
             found.add(layer, plan.phase_at(level), *clip, w_o)
 
     with recording(pipe, observe):
@@ -191,8 +191,7 @@ def compensated(transformer: Any, found: Compensation, choice: str | None) -> It
         if choice is not None and (where, q.device) not in masks:
             masks[where, q.device] = found.pooled(*where, choice).to(q.device)
         kept, pooled = mask.dense(), masks.get((where, q.device))
-        clips = zip(*(to_kernel_order(x.float(), table, order) for x in (q, k, v)), strict=True)
-        out = torch.stack([attended(*clip, kept, pooled, mask.block) for clip in clips])
+        out = torch.stack([attended(*clip, kept, pooled, mask.block) for clip in clips_of(q, k, v, table, order)])
         return to_model_order(out, table, order).to(q.dtype)
 
     with instead(transformer, attend):

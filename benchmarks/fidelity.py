@@ -275,10 +275,10 @@ def rows(bench: Comparison, methods: Methods, wanted: Iterable[Asked], there: se
     """Rows but those that are there already, as `identity` names them."""
     seeds = methods.statistics.made.get("sensitivity_seeds")
     common = {"calibration_prompts": len(CALIBRATION_PROMPTS), "sensitivity_seeds": seeds}
-    size = {"frames": bench.call["num_frames"], "steps": bench.steps}
-    size["block"] = "x".join(map(str, methods.statistics.settings.block))
+    block = "x".join(map(str, methods.statistics.settings.block))
+    common |= {"frames": bench.call["num_frames"], "steps": bench.steps, "block": block}
     for each in wanted:
-        row = common | each.row() | size | methods.about(each.method)
+        row = common | each.row() | methods.about(each.method)
         if identity(row) in there:
             continue
         if bench.dense is None:

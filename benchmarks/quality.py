@@ -86,7 +86,7 @@ IDEAS = {
 class Plans:
     """Plans of the bundled model by idea and density, from one calibration."""
 
-    def __init__(self, bench: Bench, steps: int, refining: tuple[int, ...], block: int, folder: Path | None):
+    def __init__(self, bench: Bench, steps: int, refining: tuple[int, int, int], block: int, folder: Path | None):
         self.bench, self.steps, self.refining, self.block = bench, steps, refining, block
         self.precision = "bf16" if bench.impl == "triton" else "fp32"
         if folder is not None and folder.is_dir():

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from paroattn.block_mask import BlockMask
-from paroattn.kernels.reference import to_kernel_order, to_model_order
+from paroattn.kernels.reference import to_model_order
 from paroattn.precision import FORMATS, dequantize, quantize
-from standing_in import Place, instead
+from standing_in import Place, clips_of, instead
 
 SHARED = {"row": (-2, -1), "block": (-3, -1), "row in block": (-1,)}
 """What shares a scale of P, as axes of its blocks (heads, Nq, rows, Nk, columns)."""
 SMALLEST = 1e-30
+HIGHEST = 127.0
 
 
 @contextmanager
@@ -25,8 +26,7 @@ def rounded(transformer: Any, scales: str | None) -> Iterator[None]:
     def run(
         place: Place, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, table: Tensor, order: Tensor, **_: Any
     ) -> Tensor:
-        clips = zip(*(to_kernel_order(x.float(), table, order) for x in (q, k, v)), strict=True)
-        out = torch.stack([attended(*clip, mask.block, scales) for clip in clips])
+        out = torch.stack([attended(*clip, mask.block, scales) for clip in clips_of(q, k, v, table, order)])
         return to_model_order(out, table, order).to(q.dtype)
 
     with instead(transformer, run):
@@ -44,7 +44,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], scales: st
     p[:, tokens:], p[..., tokens:] = 0, 0
     if scales is not None:
         tiles = p.unflatten(-1, (-1, block[1])).unflatten(1, (-1, block[0]))
-        unit = tiles.amax(SHARED[scales], keepdim=True).clamp_min_(SMALLEST).div_(FORMATS["int8"].highest)
+        unit = tiles.amax(SHARED[scales], keepdim=True).clamp_min_(SMALLEST).div_(HIGHEST)
         tiles.div_(unit).round_().mul_(unit)
         v = dequantize(*quantize(v, FORMATS["int8"], "channel"))
     p = p[:, :tokens, :tokens]

@@ -13,6 +13,7 @@ from paroattn.block_mask import BlockMask
 from paroattn.integration import backend
 from paroattn.integration.apply import hook_of
 from paroattn.integration.projection import output_projection
+from paroattn.kernels.reference import to_kernel_order
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Place:
     def w_o(self, device: torch.device) -> Tensor:
         """The layer's output projection of each head, (H, D, channels)."""
         return output_projection(self.transformer, self.layer, self.hook.layers[self.layer].attn, device=device)
+
+
+def clips_of(q: Tensor, k: Tensor, v: Tensor, table: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every clip's q, k and v, (heads, N, D) float32 in each head's own order, from (B, N, heads, D) in the model's."""
+    queries, keys, values = (to_kernel_order(x.float(), table, order) for x in (q, k, v))
+    return zip(queries, keys, values, strict=True)
 
 
 Run = Callable[..., Any]
