@@ -198,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     about = environment(args.device, args.impl) | {
         "weights_sha256": weights_sha256(), "series": args.series, "dense_warmup": 0,
         "calibration_prompts": len(CALIBRATION_PROMPTS),
+        "sensitivity_seeds": plans.statistics.made.get("sensitivity_seeds", SENSITIVITY_SEEDS),
     }  # fmt: skip
     linear = "linear layers in " + ("TF32" if args.device.startswith("cuda") else "fp32")
     dense: dict[str, torch.Tensor] = {}
