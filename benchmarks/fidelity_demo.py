@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Bench:
 
     def __init__(self, device: str, clips: int, steps: int, impl: str, model: Path = MODEL, size: Sequence[int] = CLIP):
         self.pipe, self.steps, self.impl = load_demo(device, model=model), steps, impl
-        self.call = dict(zip(("num_frames", "height", "width"), size, strict=True))
+        self.call: dict[str, Any] = dict(zip(("num_frames", "height", "width"), size, strict=True))
         self.prompts = EVALUATION_PROMPTS[:clips]
         self.dense: Tensor | None = None
         self.executed = 1.0
