@@ -16,7 +16,7 @@ from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
 from ..capture.regrid import RegriddedStatistics
 from ..grid import check_order
-from ..phases import check_ends, phases_of
+from ..phases import Phase, check_ends, phases_of
 from ..precision import Precision
 from .cost import Call, TimeUnknown, formats_of, saved_by_four_bits
 from .curve import Curve, Prices, described
