@@ -5,7 +5,7 @@ Budgets say what competes with what. "per_head": the blocks of one head in one p
 by its own output power, so that layers with large activations do not starve the others.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -143,41 +143,33 @@ def make_plan(
     made = {"settings": asdict(settings), "calibration": statistics.made}
     if draft.curve is not None:
         made["curve"] = described(draft.curve, draft.density)
-    layers = {
-        layer: LayerPlan(
-            orders=tuple(names[index] for index in draft.chosen[layer].tolist()),
-            mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
-            precision=((settings.precision or "fp32",) * statistics.heads,) * len(draft.phases),
-        )
-        for layer, kept in draft.masks()
-    }
-    return assembled(statistics, draft.phases, layers, made | _carried(statistics))
-
-
-def assembled(
-    statistics: Statistics, phases: tuple[Phase, ...], layers: Mapping[str, LayerPlan], made: Mapping[str, Any]
-) -> TransformerPlan:
-    """The plan that these layers make for the model that was measured.
-
-    Args:
-        statistics: Of the model, on the plan's grid and with its blocks.
-        phases: Spans of the schedule.
-        layers: Every layer's part of the plan.
-        made: How they were chosen.
-    """
     return TransformerPlan(
-        model_class=statistics.model_class,
-        heads=statistics.heads,
-        head_dim=statistics.head_dim,
-        grid=statistics.layout.grid,
-        text=statistics.layout.text,
-        block=statistics.settings.block,
-        phases=phases,
-        layers=dict(layers),
-        made=dict(made),
-        config=statistics.made.get("config"),
-        component=statistics.made.get("component"),
+        **of_model(statistics),
+        phases=draft.phases,
+        layers={
+            layer: LayerPlan(
+                orders=tuple(names[index] for index in draft.chosen[layer].tolist()),
+                mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
+                precision=((settings.precision or "fp32",) * statistics.heads,) * len(draft.phases),
+            )
+            for layer, kept in draft.masks()
+        },
+        made=made | _carried(statistics),
     )
+
+
+def of_model(statistics: Statistics) -> dict[str, Any]:
+    """What a plan says of the model, the grid and the blocks that were measured."""
+    return {
+        "model_class": statistics.model_class,
+        "heads": statistics.heads,
+        "head_dim": statistics.head_dim,
+        "grid": statistics.layout.grid,
+        "text": statistics.layout.text,
+        "block": statistics.settings.block,
+        "config": statistics.made.get("config"),
+        "component": statistics.made.get("component"),
+    }
 
 
 class Draft:
