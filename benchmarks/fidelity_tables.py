@@ -1,6 +1,6 @@
 """Tables of how close clips stay to dense ones: rules and formats, other ideas, and one plan elsewhere."""
 
-from markdown import NOTHING, decibels, paired, rows_of, table, where
+from result_tables import NOTHING, decibels, paired, rows_of, table, where
 
 COMPARED = (
     "dense", "paroattn", "paroattn-unrefined", "paroattn-in-order", "none", "paper", "local-window",

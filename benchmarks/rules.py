@@ -42,7 +42,7 @@ from paroattn.kernels.block_stats import block_stats
 from paroattn.kernels.reference import to_kernel_order
 from paroattn.phases import Phase
 from paroattn.plan.plan import LayerPlan, TransformerPlan
-from paroattn.plan.search import assembled
+from paroattn.plan.search import of_model
 from standing_in import Place, instead
 
 Block = tuple[int, int]
@@ -198,7 +198,7 @@ def plan_of(statistics: Statistics, shapes: Shapes, precision: str) -> Transform
         layer: LayerPlan(orders, BlockMask.from_dense(kept[None], block), ((precision,) * statistics.heads,))
         for layer, (orders, kept) in shapes.items()
     }
-    return assembled(statistics, (Phase(0.0, 1.0),), layers, {})
+    return TransformerPlan(**of_model(statistics), phases=(Phase(0.0, 1.0),), layers=layers)
 
 
 # Dynamic rules

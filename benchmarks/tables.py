@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fidelity_tables import comparison, demands, fidelity, formats, images, joint, layouts, quality, transfer
-from markdown import NOTHING, rows_of, table, where
+from result_tables import NOTHING, rows_of, table, where
 from scaling import modelled_ms
 
 ROOT = Path(__file__).parent.parent

@@ -372,7 +372,7 @@ def result(**fields):
 
 
 def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr("result_tables.RESULTS", tmp_path)
     assert {tables.attention_gpu(), tables.kernels_gpu(), tables.prepare_gpu()} == {"Not measured yet.\n"}
     rows = [
         result(impl="cudnn", precision="bf16/bf16", block=None, density=1.0, ms=34.32, speedup_vs_cudnn=1.0),

@@ -113,6 +113,7 @@ def test_a_model_attends_to_tokens_where_it_should_and_else_by_its_plan():
 
 
 def test_every_idea_makes_a_plan_of_the_density_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "SENSITIVITY_SEEDS", 1)
     bench = Bench("cpu", 1, 2, "auto", MODEL, (3, 20, 28))
     plans = quality.Plans(bench, 2, (1, 1, 2), 16, tmp_path / "statistics")
     made = {name: plans(name, 0.5) for name in quality.IDEAS if not name.startswith(("refined", "pooled"))}

@@ -12,7 +12,7 @@ from tiny_models import random_plan, tiny_wan, wan_inputs
 
 import fidelity
 import fidelity_tables
-import markdown
+import result_tables
 import rounding
 import rules
 from at_density import executed, warmed, warmup_steps
@@ -460,7 +460,7 @@ def test_rows_are_complete_and_merged(run):
     keys = [(row["method"], row["density_target"], row["dense_warmup"]) for row in found]
     wanted = {(name, 0.5, warmup) for name in fidelity.METHODS for warmup in (0.0, 0.2) if name != "dense"}
     assert len(keys) == len(set(keys)) and set(keys) == wanted | {("dense", 1.0, 0.0), ("paper", 0.3, 0.0)}
-    like = json.loads((markdown.RESULTS / "fidelity_demo.json").read_text())["rows"][-1]
+    like = json.loads((result_tables.RESULTS / "fidelity_demo.json").read_text())["rows"][-1]
     for row in found:
         assert not set(like) - set(row)
         assert (row["clips"], row["frames"], row["steps"], row["block"]) == (1, 5, 2, "16x16")

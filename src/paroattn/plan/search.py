@@ -5,7 +5,7 @@ Budgets say what competes with what. "per_head": the blocks of one head in one p
 by its own output power, so that layers with large activations do not starve the others.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
 from ..capture.regrid import RegriddedStatistics
 from ..grid import check_order
-from ..phases import Phase, check_ends, phases_of
+from ..phases import check_ends, phases_of
 from ..precision import Precision
 from .cost import Call, TimeUnknown, formats_of, saved_by_four_bits
 from .curve import Curve, Prices, described
@@ -177,41 +177,33 @@ def make_plan(
         share = float(draft.in_four_bits().double().mean())
         made["precision"] = {"int4_share": share, "why": draft.curve.mixing.explained(settings.gpu, share)}
     each = dict(zip(draft.chosen, draft.precisions(), strict=True))
-    layers = {
-        layer: LayerPlan(
-            orders=tuple(names[index] for index in draft.chosen[layer].tolist()),
-            mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
-            precision=(each[layer],) * len(draft.phases),
-        )
-        for layer, kept in draft.masks()
-    }
-    return assembled(statistics, draft.phases, layers, made | _carried(statistics))
-
-
-def assembled(
-    statistics: Statistics, phases: tuple[Phase, ...], layers: Mapping[str, LayerPlan], made: Mapping[str, Any]
-) -> TransformerPlan:
-    """The plan that these layers make for the model that was measured.
-
-    Args:
-        statistics: Of the model, on the plan's grid and with its blocks.
-        phases: Spans of the schedule.
-        layers: Every layer's part of the plan.
-        made: How they were chosen.
-    """
     return TransformerPlan(
-        model_class=statistics.model_class,
-        heads=statistics.heads,
-        head_dim=statistics.head_dim,
-        grid=statistics.layout.grid,
-        text=statistics.layout.text,
-        block=statistics.settings.block,
-        phases=phases,
-        layers=dict(layers),
-        made=dict(made),
-        config=statistics.made.get("config"),
-        component=statistics.made.get("component"),
+        **of_model(statistics),
+        phases=draft.phases,
+        layers={
+            layer: LayerPlan(
+                orders=tuple(names[index] for index in draft.chosen[layer].tolist()),
+                mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
+                precision=(each[layer],) * len(draft.phases),
+            )
+            for layer, kept in draft.masks()
+        },
+        made=made | _carried(statistics),
     )
+
+
+def of_model(statistics: Statistics) -> dict[str, Any]:
+    """What a plan says of the model, the grid and the blocks that were measured."""
+    return {
+        "model_class": statistics.model_class,
+        "heads": statistics.heads,
+        "head_dim": statistics.head_dim,
+        "grid": statistics.layout.grid,
+        "text": statistics.layout.text,
+        "block": statistics.settings.block,
+        "config": statistics.made.get("config"),
+        "component": statistics.made.get("component"),
+    }
 
 
 class Draft:
