@@ -291,7 +291,8 @@ class Draft:
         if settings.precision != AUTO:
             return Mixing(eight, four, 0.0, share=1.0)
         saved = saved_by_four_bits(settings.gpu, statistics.head_dim, statistics.settings.block)
-        return Mixing(eight, four, saved, settings.int4_share)
+        doubted = bool(statistics.level_weights) and settings.sensitivity and statistics.rounding_weight is None
+        return Mixing(eight, four, saved, settings.int4_share, doubted)
 
     def _target(self) -> float:
         """The density that meets a target error or speed-up."""
