@@ -358,6 +358,17 @@ def test_where_int4_saves_no_time_every_head_is_in_int8_and_the_plan_says_so(sta
     assert plan.made["precision"] == {
         "int4_share": 0.0, "why": f"INT4 saves no time on {gpu}: every head is in INT8"
     }  # fmt: skip
+    found = {}
+    for weight in (None, 0.1):
+        made = make_plan(
+            replace(rounded(statistics), rounding_weight=weight), PlanSettings(0.2, gpu="sm_89", **AUTO)
+        ).made
+        found[weight] = made["precision"]
+        assert made["precision"]["why"].startswith(
+            f"{made['precision']['int4_share']:.0%} of the heads are in INT4, of "
+        )
+    assert found[None]["int4_share"] < found[0.1]["int4_share"]
+    assert found[None]["why"].endswith("it may be more") and found[0.1]["why"].endswith("0.50 of its time on sm_89")
     assert saved_by_four_bits("sm_86", 128, BLOCK) == 0.5 > saved_by_four_bits(gpu, 128, BLOCK) == 0.0
 
 

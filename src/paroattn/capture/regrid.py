@@ -139,7 +139,8 @@ def regridded(statistics: Statistics, grid: Grid) -> Statistics:
 
 
 _SAME = (
-    "model_class", "heads", "head_dim", "settings", "layers", "made", "chosen", "level_weights", "layer_weights"
+    "model_class", "heads", "head_dim", "settings", "layers", "made", "chosen", "level_weights", "layer_weights",
+    "rounding_weight",
 )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class Statistics:
             a single order.
         level_weights: By noise level, how much an error there matters for the finished sample; empty if unknown.
         layer_weights: By module path, likewise, as a factor on that.
+        rounding_weight: The same for errors of rounding, as a factor on both; None if unknown.
     """
 
     model_class: str
@@ -60,6 +61,7 @@ class Statistics:
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     level_weights: dict[float, float] = field(default_factory=dict)
     layer_weights: dict[str, float] = field(default_factory=dict)
+    rounding_weight: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.layers, FolderMaps):
@@ -325,6 +327,7 @@ class Statistics:
             "chosen": {name: list(orders) for name, orders in self.chosen.items()},
             "level_weights": {repr(level): weight for level, weight in self.level_weights.items()},
             "layer_weights": self.layer_weights,
+            "rounding_weight": self.rounding_weight,
             "made": self.made,
         }
         write_whole(folder / DESCRIPTION, (json.dumps(described, indent=1) + "\n").encode())
@@ -344,8 +347,10 @@ class Statistics:
             chosen={name: tuple(orders) for name, orders in described["chosen"].items()},
             level_weights={float(level): weight for level, weight in described["level_weights"].items()},
             layer_weights=dict(described["layer_weights"]),
+            rounding_weight=described.get("rounding_weight"),
         )
-        for weight in (*statistics.level_weights.values(), *statistics.layer_weights.values()):
+        own = () if statistics.rounding_weight is None else (statistics.rounding_weight,)
+        for weight in (*statistics.level_weights.values(), *statistics.layer_weights.values(), *own):
             if not 0 < weight < math.inf:
                 raise ValueError(f"weights must be above 0 and finite; got {weight}")
         statistics.layers = FolderMaps(folder / MAPS_FOLDER, described["layers"], **statistics._format)

@@ -25,12 +25,14 @@ class Mixing:
         eight, four: Predicted error of rounding, (layers, heads) float64, in the units of the blocks' scores.
         saved: Share of a block's time that INT4 saves.
         share: Of the heads, those that are to be in INT4, the ones that lose least by it; None: those where it pays.
+        doubted: Errors of rounding are weighed as those of blocks are, for want of a measured weight: too much.
     """
 
     eight: Tensor
     four: Tensor
     saved: float
     share: float | None = None
+    doubted: bool = False
 
     @property
     def added(self) -> Tensor:
@@ -60,7 +62,9 @@ class Mixing:
             return f"{found:.0%} of the heads are in INT4, those that are predicted to lose least by it"
         if not self.saved:
             return f"INT4 saves no time on {gpu}: every head is in INT8"
-        return f"{found:.0%} of the heads are in INT4, of which a block takes {1 - self.saved:.2f} of its time on {gpu}"
+        more = "; calibrated with the precision auto, it may be more" if self.doubted else ""
+        time = f"of which a block takes {1 - self.saved:.2f} of its time on {gpu}"
+        return f"{found:.0%} of the heads are in INT4, {time}{more}"
 
     def _least(self, never: int) -> Tensor:
         assert self.share is not None

@@ -58,7 +58,8 @@ class Ranking:
             if found is None:
                 return None
             total += found.double().cpu() * (self._weight(layer, levels) / float(size) * len(levels) / steps)
-        return total
+        known = self.statistics.rounding_weight if self.settings.sensitivity else None
+        return total * (1.0 if known is None else known)
 
     def _weight(self, layer: str, levels: list[float]) -> float:
         """What an error of this layer at these noise levels matters, 1 where that was not measured."""

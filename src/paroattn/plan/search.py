@@ -92,6 +92,11 @@ class PlanSettings:
         """Precision of every head, but for those that are in INT4 by choice."""
         return "int8" if self.precision == AUTO else self.precision or "fp32"
 
+    @property
+    def may_be_int4(self) -> bool:
+        """Whether heads are in INT4, or may be."""
+        return self.precision == AUTO or formats_of(self.each_precision) == formats_of("int4")
+
     def _check_mixing(self) -> None:
         if self.int4_share is not None and (self.precision != AUTO or not 0 <= self.int4_share <= 1):
             raise ValueError(
@@ -271,8 +276,7 @@ class Draft:
             ValueError: If that was not measured and the plan cannot be made without.
         """
         settings, statistics = self.settings, self.statistics
-        asked = settings.precision == AUTO or formats_of(settings.each_precision) == formats_of("int4")
-        if not asked or not settings._in_units_of_error:
+        if not settings.may_be_int4 or not settings._in_units_of_error:
             return None
         found = [self._ranking.rounding(layer) for layer in self.chosen]
         known = [each for each in found if each is not None]
@@ -287,7 +291,8 @@ class Draft:
         if settings.precision != AUTO:
             return Mixing(eight, four, 0.0, share=1.0)
         saved = saved_by_four_bits(settings.gpu, statistics.head_dim, statistics.settings.block)
-        return Mixing(eight, four, saved, settings.int4_share)
+        doubted = bool(statistics.level_weights) and settings.sensitivity and statistics.rounding_weight is None
+        return Mixing(eight, four, saved, settings.int4_share, doubted)
 
     def _target(self) -> float:
         """The density that meets a target error or speed-up."""
