@@ -148,8 +148,9 @@ def _automatic(
     reason = _kernels().refusal(q, mask, softmax_scale)
     if reason is not None:
         return "reference", slow + reason
-    has_units = torch.cuda.get_device_capability(q.device)[0] == FOUR_BIT_UNITS
-    if not (has_units and _native_usable(q, precision, text_tokens)):
+    if not _native_usable(q, precision, text_tokens):
+        return "triton", None
+    if torch.cuda.get_device_capability(q.device)[0] != FOUR_BIT_UNITS:
         return "triton", None
     missing = native.missing()
     if missing is None:
