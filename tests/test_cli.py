@@ -119,11 +119,12 @@ def test_plan_mixes_int4_and_int8_and_says_so(plan, tmp_path, capsys):
     numbers, words = said(capsys)
     assert numbers["transformer"]["precision"] == {"int8": 1.0}
     assert "INT4 saves no time on NVIDIA H200: every head is in INT8" in words
-    layers = {name: replace(layer, precision=(("int8", *layer.precision[0][1:]),) * 4) for name, layer in
-              Plan.from_pretrained(plan)["transformer"].layers.items()}  # fmt: skip
-    other = Plan({"transformer": replace(Plan.from_pretrained(plan)["transformer"], layers=layers)})
+    part = Plan.from_pretrained(plan)["transformer"]
+    first, *others = part.layers
+    eight = replace(part.layers[first], precision=(("int8",) * part.heads,) * len(part.phases))
+    other = replace(part, layers={first: eight, **{name: part.layers[name] for name in others}})
     with pytest.raises(ValueError, match=r"several precisions, fp32, int8; give one with --precision"):
-        cli._precision_of(other)
+        cli._precision_of({"transformer": other})
 
 
 def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..grid import Grid
+from ..plan.plan import precision_shares
 from .backend import Layer
 from .hook import ON_REQUEST, PlanHook
 
@@ -91,23 +92,17 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
         "calls": dict(hook.calls),
         "replaced_layers": hook.replaced,
         "prediction": None if hook.verdict is None else str(hook.verdict),
-        "precision": _shares(hook.layers.values(), [phase.share for phase in hook.plan.phases]),
+        "precision": precision_shares([_applied(layer) for layer in hook.layers.values()], hook.plan.phases),
         "density": _mean((layer["density"], 1) for layer in layers.values()),
         "layers": layers,
     }
 
 
-def _shares(layers: Iterable[Layer], phases: Sequence[float]) -> dict[str, float]:
-    """Share of the heads in each precision, as it is applied, largest first; phases count with their share of steps."""
-    found: dict[str, float] = {}
-    for layer in layers:
-        assert layer.plan is not None
-        for phase, share in enumerate(phases):
-            precision, heads = layer.precision(phase), len(layer.plan.orders)
-            for name in precision if isinstance(precision, tuple) else (str(precision),) * heads:
-                found[name] = found.get(name, 0.0) + share / heads
-    total = sum(found.values())
-    return {name: found[name] / total for name in sorted(found, key=lambda name: -found[name])}
+def _applied(layer: Layer) -> list[tuple[str, ...]]:
+    """Precision of each head in each phase as it is applied."""
+    assert layer.plan is not None
+    each = [layer.precision(phase) for phase in range(len(layer.plan.precision))]
+    return [name if isinstance(name, tuple) else (str(name),) * len(layer.plan.orders) for name in each]
 
 
 def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:

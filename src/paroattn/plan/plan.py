@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -128,12 +128,7 @@ class TransformerPlan:
 
     def precision_shares(self) -> dict[str, float]:
         """Share of the heads in each precision, largest first, phases counting with their share of steps."""
-        shares: dict[str, float] = {}
-        for layer in self.layers.values():
-            for phase, heads in zip(self.phases, layer.precision, strict=True):
-                for name in heads:
-                    shares[name] = shares.get(name, 0.0) + phase.share / (self.heads * len(self.layers))
-        return dict(sorted(shares.items(), key=lambda each: -each[1]))
+        return precision_shares([layer.precision for layer in self.layers.values()], self.phases)
 
     def phase_at(self, noise_level: float) -> int:
         """Index of the phase that a noise level belongs to."""
@@ -209,6 +204,17 @@ class TransformerPlan:
                 f"(configuration {shortened(self.config_sha256)}); this model has {theirs} "
                 f"({shortened(sha256_of(config))}). {remedy}"
             )
+
+
+def precision_shares(layers: Sequence[Sequence[Sequence[str]]], phases: Sequence[Phase]) -> dict[str, float]:
+    """Share of the heads in each precision, largest first, of precisions [layer][phase][head]."""
+    found: dict[str, float] = {}
+    for layer in layers:
+        for phase, heads in zip(phases, layer, strict=True):
+            for name in heads:
+                found[name] = found.get(name, 0.0) + phase.share / len(heads)
+    total = sum(found.values())
+    return {name: found[name] / total for name in sorted(found, key=lambda name: -found[name])}
 
 
 def own_config(transformer: Any) -> dict[str, Any]:
