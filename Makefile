@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-for-tests
 OLDEST := 0.38.0
 OLD := $(VENV)/diffusers-$(OLDEST)
-TOUCH_DIFFUSERS := $(addprefix tests/test_,$(addsuffix .py,calibrate compatibility docs doctor fidelity_benchmark hub integration misuse models pipelines planned refining rotary sensitivity several whole_run worth))
+TOUCH_DIFFUSERS := $(addprefix tests/test_,$(addsuffix .py,calibrate compatibility compensation docs doctor fidelity_benchmark hub integration misuse models pipelines planned refining rotary sensitivity several whole_run worth))
 SPREAD := $(if $(ARGS),,-n auto --maxprocesses 4 --dist loadfile)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
