@@ -574,6 +574,14 @@ def test_kernels_compile_without_a_gpu(options):
         check_counts(row)
 
 
+@pytest.mark.parametrize(("arch", "attends"), [("80", "sparse"), ("90", "hopper")])
+def test_kernels_of_int4_compile_without_a_gpu(arch, attends):
+    rows = compiled("--arch", arch, "--only", "int4/int4", "--block", "64x64", "--head-dim", "64")
+    assert {row["kernel"] for row in rows} - {"int4"} == {"sum", "finish", "rows", "values", "lists", attends}
+    for row in rows:
+        check_counts(row)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "89", "90"])
 def test_every_shipped_configuration_compiles_without_a_gpu(arch):

@@ -254,12 +254,14 @@ def _rows_kernel(
         left, right = left * inverse[:, None], right * inverse[:, None]
         if FOUR_BITS:
             head_ptr = feedback_ptr + bh * D_PAD * D_PAD
-            a, b = _four_bits(left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS)
+            left_four, right_four = _four_bits(
+                left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS
+            )
             if PACKED:
-                left, right = a, b
+                left, right = left_four, right_four
             else:
-                left = tl.where(in_eight[:, None], left, a + left_middle)
-                right = tl.where(in_eight[:, None], right, b + right_middle)
+                left = tl.where(in_eight[:, None], left, left_four + left_middle)
+                right = tl.where(in_eight[:, None], right, right_four + right_middle)
             if IS_KEY:
                 left, right = tl.where(real[:, None], left, 0.0), tl.where(real[:, None], right, 0.0)
         if PACKED:
