@@ -15,7 +15,8 @@ INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-for-tests
 OLDEST := 0.38.0
 OLD := $(VENV)/diffusers-$(OLDEST)
-TOUCH_DIFFUSERS := $(addprefix tests/test_,$(addsuffix .py,calibrate compatibility docs doctor fidelity_benchmark hub integration misuse models pipelines planned refining rotary sensitivity several whole_run worth))
+TOUCH_DIFFUSERS := $(addprefix tests/test_,$(addsuffix .py,calibrate compatibility compensation docs doctor fidelity_benchmark hub integration misuse models pipelines planned refining rotary sensitivity several whole_run worth))
+SPREAD := $(if $(ARGS),,-n auto --maxprocesses 4 --dist loadfile)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -29,11 +30,11 @@ demo: $(INSTALLED)
 	@$(BIN)/paro demo $(ARGS)
 
 test: lint $(if $(ARGS),,$(OLD)/.installed)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 	$(if $(ARGS),,$(MAKE) oldest)
 
 oldest: $(OLD)/.installed
-	PYTHONPATH=$(abspath $(OLD))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest --diffusers $(OLDEST) $(TOUCH_DIFFUSERS) -k "not killed" $(ARGS)
+	PYTHONPATH=$(abspath $(OLD))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest --diffusers $(OLDEST) $(TOUCH_DIFFUSERS) -k "not killed" $(SPREAD) $(ARGS)
 
 lint: $(TESTED)
 	$(BIN)/ruff check .

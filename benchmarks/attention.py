@@ -40,9 +40,10 @@ NUMBERS = ("ms", "useful_tflops", "speedup_vs_cudnn")
 MAIN_BLOCK = {64: "64x128", 128: "128x128"}
 """By head dimension, where everything is measured; at other blocks the first precision and even masks only."""
 SAMPLES = 64
-LARGEST_ERROR = {"bf16": 0.005, "fp16": 0.005, "int8": 0.05, "fp8": 0.06}
+LARGEST_ERROR = {"bf16": 0.005, "fp16": 0.005, "int8": 0.05, "fp8": 0.06, "int4": 0.6}
 """Of a sampled block, by its coarser format: the norm of the difference over the norm of what is right. On these inputs
-right kernels are off by 0.002 (bf16/bf16), 0.032 (int8/int8), 0.042 (int8/fp8) and 0.043 (int8/fp16) on a GPU."""
+right kernels are off by 0.002 (bf16/bf16), 0.032 (int8/int8), 0.042 (int8/fp8) and 0.043 (int8/fp16) on a GPU.
+INT4 errs by up to 0.45 in the reference too: random heads of sharp attention are the worst for four bits."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def peer_call(name: str, inputs: Inputs, kept: Tensor) -> Callable[[], Tensor]:
 def own_call(precision: Precision, block: tuple[int, int], inputs: Inputs, kept: Tensor) -> Callable[[], Any]:
     mask = block_mask(kept, inputs.shape.tokens, block)
     settings = {"table": inputs.table, "order": inputs.order, "precision": precision, "impl": "triton"}
+    settings["text_tokens"] = inputs.shape.text.tokens
     return partial(attention, *inputs.model, mask, **settings)
 
 

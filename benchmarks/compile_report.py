@@ -1,8 +1,9 @@
 """Registers, spills and instructions of every kernel, without a GPU: python benchmarks/compile_report.py [--arch 90].
 
 Runs the launchers on small tensors with kernels that only note how they are called, compiles each call for each
-architecture and counts: registers and spilled bytes per thread, shared memory, and instructions that should be few:
-SHFL (row reductions only), I2F and F2I (conversions between integers and floats).
+architecture and counts: registers and spilled bytes per thread, shared memory, instructions of the longest loop around
+a matrix product, which products, and instructions that should be few: SHFL (row reductions only), I2F and F2I
+(conversions between integers and floats). Kernels in CUDA C++ need the extra [native].
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -30,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, Layout
-from paroattn.kernels import hopper, prepare, sparse, stats
+from paroattn.kernels import hopper, int4, native, prepare, sparse, stats
 from paroattn.kernels.block_stats import SMALL
 from paroattn.precision import Precision
 from records import environment, merge
@@ -38,11 +40,13 @@ from records import environment, merge
 OUT = Path(__file__).parent / "results" / "compile_report.json"
 KEY = ("kernel", "arch", "precision", "block", "head_dim", "dtype", "variant")
 ARCHES = (80, 89, 90)
-PRECISIONS = ("int8/fp8", "int8/int8", "int8/bf16", "bf16/int8", "bf16/bf16")
+PRECISIONS = ("int8/fp8", "int8/int8", "int4/int4", "int8/bf16", "bf16/int8", "bf16/bf16")
 BLOCKS = ("64x64", "64x128", "128x128")
 HEADS = (64, 128)
 COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}
-ONLY = {"attention": ("sparse", "hopper"), "stats": ("stats",)}
+MATRIX = r"\b(?:[IHQ]G?MMA)[\w.]*"
+NATIVE = {"attend_int4": "int4"}
+ONLY = {"attention": ("sparse", "hopper", "int4"), "stats": ("stats",), "native": ("int4",)}
 TILE = ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS")
 TOKENS = 304
 
@@ -55,6 +59,22 @@ class Call:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+class NativeCall:
+    """Stands in for `native.kernel` and the kernel that it returns, and notes how it is launched."""
+
+    def __init__(self, calls: list[tuple[Any, tuple, dict]], file: str, name: str, arch: str, **macros: Any):
+        self.calls, self.file, self.arch, self.macros = calls, file, arch, macros
+        self.__name__ = NATIVE[name]
+
+    def launch(self, blocks: int, threads: int, shared_bytes: int, *arguments: Any) -> None:
+        about = {"num_warps": threads // 32, "ROWS": threads // 2, "shared_bytes": shared_bytes}
+        self.calls.append((self, (), self.macros | about))
+
+    def compiled(self, shared_bytes: int) -> Any:
+        code = native.machine_code(self.file, self.arch, **self.macros)
+        return SimpleNamespace(asm={"cubin": code}, metadata=SimpleNamespace(shared=shared_bytes))
 
 
 @contextmanager
@@ -70,8 +90,9 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
     for module in (prepare, sparse, hopper, stats):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             put(module, name, Call(getattr(module, name), calls))
-    for module in (sparse, stats):
+    for module in (sparse, stats, int4):
         put(module, "capability", lambda device: divmod(arch, 10))
+    put(native, "kernel", lambda *args, **macros: NativeCall(calls, *args, **macros))
     try:
         yield calls
     finally:
@@ -84,11 +105,13 @@ def launches(arch: int, precision: str, block: str, head_dim: int, dtype: str) -
     q = torch.zeros(1, TOKENS, 1, head_dim, dtype=getattr(torch, dtype))
     rows, columns = (int(size) for size in block.split("x"))
     table, order = torch.arange(TOKENS, dtype=torch.int32)[None], torch.zeros(1, dtype=torch.int32)
+    has_native = precision == "int4/int4" and native.missing() is None
     with noted(arch) as calls:
-        sparse.sparse_attention(
-            q, q, q, table=table, order=order, mask=BlockMask.full(1, TOKENS, (rows, columns)), softmax_scale=0.1,
-            precision=Precision.parse(precision), return_lse=False,
-        )  # fmt: skip
+        for four_bit_units in (False, True)[: 1 + has_native]:
+            sparse.sparse_attention(
+                q, q, q, table=table, order=order, mask=BlockMask.full(1, TOKENS, (rows, columns)), softmax_scale=0.1,
+                precision=Precision.parse(precision), return_lse=False, four_bit_units=four_bit_units,
+            )  # fmt: skip
     return calls
 
 
@@ -109,6 +132,8 @@ def measurements(arch: int, block: str, head_dim: int, dtype: str) -> list[tuple
 
 def compiled(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
     """Compile one launch, specialised exactly as the launch would be."""
+    if isinstance(kernel, NativeCall):
+        return kernel.compiled(kwargs["shared_bytes"])
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -118,8 +143,8 @@ def compiled(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
     return triton.compile(source(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
 
 
-def counts(binary: Any) -> dict[str, int]:
-    """Registers, spilled bytes, shared memory and counted instructions of a compiled kernel."""
+def counts(binary: Any) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory, the longest loop and counted instructions of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -127,7 +152,27 @@ def counts(binary: Any) -> dict[str, int]:
         text = _tool("nvdisasm", "-c", file.name)
     used = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}  # pyright: ignore
     found = {name: len(re.findall(pattern, text)) for name, pattern in COUNTED.items()}
-    return {"registers": used["REG"], "spilled_bytes": used["STACK"], "shared_bytes": binary.metadata.shared, **found}
+    sizes = {"registers": used["REG"], "spilled_bytes": used["STACK"], "shared_bytes": binary.metadata.shared}
+    return sizes | found | {"loop": _longest_loop(text), "matrix": sorted(set(re.findall(MATRIX, text)))}
+
+
+def _longest_loop(text: str) -> int | None:
+    """Instructions between a label and a jump back to it with matrix products between them; None if there are none."""
+    labels: dict[str, int] = {}
+    products, longest, count = [], 0, 0
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = count
+        if not re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            continue
+        count += 1
+        if re.search(MATRIX, line):
+            products.append(count)
+        jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        start = labels.get(jump[1]) if jump else None
+        if start is not None and products and products[-1] > start:
+            longest = max(longest, count - start)
+    return longest or None  # what is called, such as products that Hopper imitates, is no part of a loop
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -151,9 +196,12 @@ def report(
             continue
         known.add(same)
         variant = "k" if kwargs.get("IS_KEY") else "q" if "IS_KEY" in kwargs else "paper" * kwargs.get("PAPER", False)
+        variant = f"{variant}{' packed' * kwargs.get('PACKED', False)}".strip()
         tile = {key: kwargs[key] for key in TILE if key in kwargs}
         about = {"kernel": name, "arch": f"sm_{arch}", "precision": precision, "block": block, "head_dim": head_dim}
         row = about | {"dtype": dtype, "variant": variant, **{key.lower(): value for key, value in tile.items()}}
+        if isinstance(kernel, NativeCall):
+            row |= {"triton": None, "nvrtc": native.compiler()}
         rows.append(row | counts(compiled(kernel, args, kwargs, arch)))
     return rows
 
@@ -166,7 +214,10 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEADS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of q, k and v")
     which = parser.add_mutually_exclusive_group()
-    for name, what in (("attention", "the attention kernels only"), ("stats", "the statistics' kernel only")):
+    for name, what in (
+        ("attention", "the attention kernels only"), ("stats", "the statistics' kernel only"),
+        ("native", "the kernels in CUDA C++ only"),
+    ):  # fmt: skip
         which.add_argument(f"--{name}", dest="kernel", action="store_const", const=name, help=what)
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines and write no file")
     options = parser.parse_args()

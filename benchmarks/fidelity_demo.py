@@ -1,7 +1,6 @@
 """How close the bundled model's clips stay to its dense clips, for every score, budget, density and precision.
 
     python benchmarks/fidelity_demo.py --impl triton --precisions int8 int8/fp8 int8-pv int8-qk --out RESULTS
-    python benchmarks/fidelity_demo.py --precisions int4 --rules 0 --out RESULTS        no kernel yet: the reference
 
 Plans come from two prompts, clips from sixteen others. Both sides of a pair use the same attention code and the same
 noise; the dense side computes in bf16, and no step of the other side is dense. Rows are merged by key into the result
@@ -13,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,12 +94,13 @@ class Bench:
 
     def __init__(self, device: str, clips: int, steps: int, impl: str, model: Path = MODEL, size: Sequence[int] = CLIP):
         self.pipe, self.steps, self.impl = load_demo(device, model=model), steps, impl
-        self.call = dict(zip(("num_frames", "height", "width"), size, strict=True))
+        self.call: dict[str, Any] = dict(zip(("num_frames", "height", "width"), size, strict=True))
         self.prompts = EVALUATION_PROMPTS[:clips]
         self.dense: Tensor | None = None
         self.executed = 1.0
 
-    def clips(self, plan: TransformerPlan, precision: str) -> Tensor:
+    def clips(self, plan: TransformerPlan, precision: str | None) -> Tensor:
+        """Clips of all prompts by a plan, in another precision than the plan's if given."""
         generators = [torch.Generator().manual_seed(FIRST_SEED + index) for index in range(len(self.prompts))]
         apply(self.pipe, Plan({"transformer": plan}), precision=precision, impl=self.impl, even_if_slower=True)
         try:
@@ -109,7 +110,7 @@ class Bench:
         finally:
             remove(self.pipe)
 
-    def row(self, plan: TransformerPlan, precision: str) -> dict:
+    def row(self, plan: TransformerPlan, precision: str | None) -> dict:
         assert self.dense is not None
         clips = self.clips(plan, precision)
         pairs = [compare(dense, sparse) for dense, sparse in zip(self.dense, clips, strict=True)]

@@ -8,6 +8,7 @@ in the model's order, as without a plan. Where fewer GPUs than processes share a
     speedup_vs_1  over one GPU of the same machine, by the same plan
     imbalance     mean over layers of kept blocks of the busiest GPU over the mean of all
     layer         milliseconds of one layer by kernels, mean over processes; an exchange waits for the slowest
+    ms_two_parts  the same in two parts of the heads, one of which computes while the other travels; with --overlap
     exchange_*    q, k and v of one layer exchanged alone, as bf16 and in 8 bits with their scales
     error_vs_1    norm of the difference to the output of one GPU over the norm of that
     same_attention  attention of a whole sequence on one GPU and split give the same bits
@@ -68,6 +69,7 @@ class Setting:
     block: str
     depths: tuple[int, ...]
     rounds: int
+    overlap: bool
     device: torch.device
 
 
@@ -96,6 +98,11 @@ def measure(setting: Setting, gpus: Sequence[int], save: Callable[[dict[str, Any
     for count, balanced in [(count, True) for count in gpus] + [(count, False) for count in gpus if count > 1]:
         with bench.following(count, balanced):
             row = bench.row(count, balanced)
+        row["ms_two_parts"] = None
+        if setting.overlap and balanced and count > 1:
+            with bench.following(count, balanced, parts=2), torch.no_grad():
+                found = {depth: bench.timed(depth) for depth in setting.depths}
+                row["ms_two_parts"] = _significant(whole_model(found, sum(model.depth)))
         first = first or row
         row |= {"speedup_vs_1": _significant(first["ms"] / row["ms"])}
         save(row)
@@ -111,10 +118,11 @@ class Bench:
         self.blocks = {depth: first_blocks(transformer, setting.model, (depth,)) for depth in setting.depths}
 
     @contextmanager
-    def following(self, gpus: int, balanced: bool) -> Iterator[None]:
+    def following(self, gpus: int, balanced: bool, parts: int = dealing.PARTS) -> Iterator[None]:
         """Split and follow the plan for a while."""
+        before = dealing.PARTS
         deal = deal_heads if balanced else lambda costs, ranks: contiguous_deal(len(costs), ranks)
-        dealing.deal_heads = deal
+        dealing.deal_heads, dealing.PARTS = deal, parts
         split_sequence(self.transformer, gpus)
         apply(self.transformer, self.plan, precision=self.setting.precision)
         try:
@@ -122,7 +130,7 @@ class Bench:
         finally:
             remove(self.transformer)
             unsplit(self.transformer)
-            dealing.deal_heads = deal_heads
+            dealing.deal_heads, dealing.PARTS = deal_heads, before
 
     def row(self, gpus: int, balanced: bool) -> dict[str, Any]:
         setting = self.setting
@@ -273,7 +281,8 @@ def described(row: dict[str, Any]) -> str:
     return (
         f"{row['gpus']} GPUs {order}: {row['ms']:.5g} ms, {row['speedup_vs_1']:.3f}x, "
         f"imbalance {row['imbalance']:.3f}, error {row['error_vs_1']:.2g}, a layer: {parts}; "
-        f"exchange alone {row['exchange_bf16_ms']} / {row['exchange_int8_ms']}; {row['measured']}"
+        f"in two parts {row['ms_two_parts']}; exchange alone {row['exchange_bf16_ms']} / {row['exchange_int8_ms']}; "
+        f"{row['measured']}"
     )
 
 
@@ -322,14 +331,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--depths", nargs="+", type=int, help="one or two numbers of layers (default: all)")
     add("--rounds", type=int, default=3)
     add("--tiny", action="store_true", help="does everything run: a small model of the same kind")
+    add("--overlap", action="store_true", help="time exchanging in two parts as well")
     add("--out", type=Path, help="result file to merge the rows into")
     options = parser.parse_args(arguments)
     diffusers.utils.logging.set_verbosity_error()
+    if options.overlap:  # lets an exchange begin while attention keeps the GPU busy
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     device = start()
     model = smaller(ARCHITECTURES[options.model]) if options.tiny else ARCHITECTURES[options.model]
     setting = Setting(
         model, options.density, options.precision, options.block, tuple(options.depths or model.depth), options.rounds,
-        device,
+        options.overlap, device,
     )  # fmt: skip
 
     def save(row: dict[str, Any]) -> None:

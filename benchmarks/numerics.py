@@ -20,6 +20,7 @@ from paroattn.demo.pipeline import load_demo, weights_sha256
 from paroattn.demo.prompt import EVALUATION_PROMPTS
 from paroattn.integration.apply import recording
 from paroattn.integration.generate import run
+from paroattn.kernels import four_bits
 from paroattn.precision import FORMATS, Format, dequantize, hadamard, quantize, round_to
 from records import environment, merge
 
@@ -62,9 +63,9 @@ QK = {
 }
 SHIPPED = {
     ("QK", "int8"): "+ Q by token",
-    ("QK", "int4"): "+ K by token",
+    ("QK", "int4"): "+ middles of 32 keys, K by block",
     ("PV", "int8"): "+ unsigned",
-    ("PV", "int4"): "+ unsigned",
+    ("PV", "int4"): "+ V's errors carried on",
 }
 
 
@@ -105,6 +106,28 @@ def variants(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[tuple[str, str, 
         )
 
 
+def only_in_four_bits(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+    """(product, variant) and the attention output of the sampled rows; see `four_bits`."""
+    rotation, scale = hadamard(q.shape[-1]).to(q), q.shape[-1] ** -0.5
+    q_, k_ = q @ rotation, (k - k[:, ::8].mean(1, keepdim=True)) @ rotation
+    for_keys, for_queries = (four_bits.feedback(x[:, :: four_bits.SAMPLE_OF_EVERY]) for x in (q_, k_))
+    q_hat = dequantize(*four_bits.round_queries(q_, for_queries))[:, ROWS] * scale
+    by_token = dequantize(*four_bits.round_queries(k_, for_keys))
+    yield "QK", "+ errors fed back to other channels", torch.softmax(q_hat @ by_token.mT, -1) @ v
+    by_block = dequantize(*four_bits.round_keys(k_, for_keys, BLOCK))
+    yield "QK", SHIPPED["QK", "int4"], torch.softmax(q_hat @ by_block.mT, -1) @ v
+    s = q[:, ROWS] @ k.mT * scale
+    tiles = pad(s, (0, -s.shape[-1] % BLOCK), value=-torch.inf).unflatten(-1, (-1, BLOCK))
+    top = tiles.amax(-1, keepdim=True)
+    stored = four_bits.round_weights((tiles - top).exp() * 15, BLOCK)
+    p = (stored * (top - s.amax(-1)[..., None, None]).exp()).flatten(-2)[..., : s.shape[-1]]
+    for name, v_hat in (
+        ("+ dithered", rounded(v, FORMATS["int4"], "channel")),
+        (SHIPPED["PV", "int4"], dequantize(*four_bits.round_values(v))),
+    ):
+        yield "PV", name, p @ v_hat / p.sum(-1, keepdim=True)
+
+
 def ratio(exact: Tensor, got: Tensor) -> float:
     return 20 * (exact.norm() / (exact - got).norm()).log10().item()
 
@@ -118,6 +141,8 @@ def main() -> None:
         exact = torch.softmax(q[:, ROWS] @ k.mT * q.shape[-1] ** -0.5, -1) @ v
         for key, output in variants(q, k, v):
             found[key].append(ratio(exact, output))
+        for product, name, output in only_in_four_bits(q, k, v):
+            found[product, "int4", name].append(ratio(exact, output))
     about = environment() | {"weights_sha256": weights_sha256()}
     rows = [
         dict(zip(KEY, key, strict=True))

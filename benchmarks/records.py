@@ -20,9 +20,14 @@ def environment(device: str = "cpu", impl: str | None = None) -> dict[str, Any]:
     }
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a result file; none if it does not exist."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def merge(path: Path, rows: Sequence[dict[str, Any]], key: Sequence[str]) -> None:
     """Put rows into a result file; a row replaces the one that agrees with it in every field of `key`."""
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = read(path)
     new = {json.dumps([row.get(name) for name in key]) for row in rows}
     kept = [row for row in kept if json.dumps([row.get(name) for name in key]) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,13 +38,12 @@ from torch import Tensor
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.capture import Statistics
 from paroattn.grid import Grid, Layout
-from paroattn.integration import backend
-from paroattn.integration.apply import hook_of
-from paroattn.integration.projection import output_projection
 from paroattn.kernels.block_stats import block_stats
 from paroattn.kernels.reference import to_kernel_order
 from paroattn.phases import Phase
 from paroattn.plan.plan import LayerPlan, TransformerPlan
+from paroattn.plan.search import of_model
+from standing_in import Place, instead
 
 Block = tuple[int, int]
 Shapes = dict[str, tuple[tuple[str, ...], Tensor]]
@@ -196,21 +194,11 @@ STATIC: dict[str, Callable[[Statistics, float], Shapes]] = {
 def plan_of(statistics: Statistics, shapes: Shapes, precision: str) -> TransformerPlan:
     """A plan of one phase with these masks."""
     block = statistics.settings.block
-    return TransformerPlan(
-        model_class=statistics.model_class,
-        heads=statistics.heads,
-        head_dim=statistics.head_dim,
-        grid=statistics.layout.grid,
-        text=statistics.layout.text,
-        block=block,
-        phases=(Phase(0.0, 1.0),),
-        layers={
-            layer: LayerPlan(orders, BlockMask.from_dense(kept[None], block), ((precision,) * statistics.heads,))
-            for layer, (orders, kept) in shapes.items()
-        },
-        config=statistics.made.get("config"),
-        component=statistics.made.get("component"),
-    )
+    layers = {
+        layer: LayerPlan(orders, BlockMask.from_dense(kept[None], block), ((precision,) * statistics.heads,))
+        for layer, (orders, kept) in shapes.items()
+    }
+    return TransformerPlan(**of_model(statistics), phases=(Phase(0.0, 1.0),), layers=layers)
 
 
 # Dynamic rules
@@ -282,33 +270,28 @@ def choosing(transformer: Any, choose: Choose) -> Iterator[None]:
     The plan's masks only count then. Layers and phases where it keeps everything stay dense. The same operation runs,
     with all clips' heads side by side, since each has its own mask.
     """
-    attention, known, held = backend.attention, WeakKeyDictionary(), {}
+    known, held = WeakKeyDictionary(), {}
 
-    def chosen(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, table: Tensor, order: Tensor, **rest: Any) -> Any:
-        if rest["text_tokens"] or rest["valid_text"] is not None:
-            raise ValueError("rules choose blocks of the video alone; got text in the same sequence")
+    def run(place: Place, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, **rest: Any) -> Any:
         if mask not in known:
             known[mask] = mask.dense().sum(-1).cpu()
         rows = known[mask]
         if int(rows.sum()) == rows.numel() * mask.key_blocks:
-            return attention(q, k, v, mask, table=table, order=order, **rest)
-        hook: Any = hook_of(transformer)
-        layer = next(each for each in hook.layers.values() if each.operands and each.operands.mask is mask)
-        if layer.name not in held or len(held[layer.name][0]) != len(q) * len(order):
-            w_o = output_projection(transformer, layer.name, layer.attn, device=q.device)
-            held[layer.name] = order.repeat(len(q)), w_o.repeat(len(q), 1, 1)
-        orders, w_o = held[layer.name]
+            return place.attention(q, k, v, mask, **rest)
+        order = rest.pop("order")
+        if place.layer not in held or len(held[place.layer][0]) != len(q) * len(order):
+            held[place.layer] = order.repeat(len(q)), place.w_o(q.device).repeat(len(q), 1, 1)
+        orders, w_o = held[place.layer]
         wide_q, wide_k, wide_v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))
-        seen = Input(
-            wide_q, wide_k, wide_v, table, orders, w_o, len(q), rows, hook.call.layout, hook._orders, mask.block
-        )  # fmt: skip
+        layout, names = place.hook.call.layout, place.hook._orders
+        seen = Input(wide_q, wide_k, wide_v, rest["table"], orders, w_o, len(q), rows, layout, names, mask.block)
         kept = choose(seen)
         counts = kept.view(len(q), -1).sum(-1).cpu()
         if bool((counts != rows.sum()).any()):
             raise RuntimeError(f"a rule must keep {int(rows.sum())} blocks of each clip; got {counts.tolist()}")
         own = BlockMask.from_dense(kept, mask.block)
-        out: Any = attention(wide_q, wide_k, wide_v, own, table=table, order=orders, **rest)
+        out: Any = place.attention(wide_q, wide_k, wide_v, own, order=orders, **rest)
         return out[0].unflatten(1, (len(q), -1)).transpose(0, 1)
 
-    with patch.object(backend, "attention", chosen):
+    with instead(transformer, run):
         yield

@@ -1,16 +1,16 @@
 """Fills the result tables of README and docs from benchmarks/results: python benchmarks/tables.py [--check]."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from fidelity_tables import comparison, demands, fidelity, formats, images, joint, layouts, quality, transfer
+from result_tables import NOTHING, rows_of, table, where
 from scaling import modelled_ms
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     "README.md", "docs/method.md", "docs/benchmarks.md", "docs/quality.md", "docs/several-gpus.md", "docs/transfer.md",
 )  # fmt: skip
@@ -21,258 +21,8 @@ CONTESTANTS = (
     ("flex", 0.2),
     ("paro-authors", 0.2),
 )
-COMPARED = (
-    "dense", "paroattn", "none", "paper", "local-window", "spatial-temporal", "radial", "dynamic-topk",
-    "dynamic-topk+reorder", "oracle", "oracle+reorder",
-)  # fmt: skip
-TRANSFERRED = ("prompt", "seed", "steps", "guidance", "finetune", "resolution")
 GPUS = ("h200", "h100")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-RULE = ("order_score", "mask_score", "budget", "sensitivity")
-DEFAULT = (("output_error", "output_error", "layer_normalised", "phases"), "six+tiles")
-RULE_NAMES = {
-    ("none", "mass", "global", "none"): "no reorder, mass, one threshold",
-    ("none", "mass", "per_head", "none"): "no reorder, mass, per head",
-    ("none", "output_error", "layer_normalised", "none"): "no reorder, output error",
-    ("none", "output_error", "layer_normalised", "phases"): "no reorder, output error, weighed by phase",
-    ("paper", "mass", "global", "none"): "paper's score, mass, one threshold",
-    ("paper", "mass", "per_head", "none"): "paper's score, mass, per head",
-    ("mass", "mass", "global", "none"): "mass, one threshold",
-    ("mass", "mass", "per_head", "none"): "mass, per head",
-    ("output_error", "output_error", "global", "none"): "output error, one threshold",
-    ("output_error", "output_error", "per_head", "none"): "output error, per head",
-    ("output_error", "output_error", "layer_normalised", "none"): "output error, layer-normalised",
-    ("output_error", "output_error", "layer_normalised", "layers"): "output error, weighed by phase and layer",
-    ("output_error", "output_error", "layer_normalised", "phases"): "output error, weighed by phase",
-}
-
-
-def rows_of(name: str) -> list[dict]:
-    """Rows of a result file; none if it does not exist."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
-
-
-def where(rows: list[dict]) -> str:
-    """Devices, versions and dates of some rows, in words."""
-    about = sorted({f"{row['device']}, PyTorch {row['torch']}, {row['date']}" for row in rows})
-    return "; ".join(about)
-
-
-def fidelity() -> str:
-    """Density × rule at 16-bit precision, then precision at density 1."""
-    rows = rows_of("fidelity_demo")
-    sparse = [row for row in rows if row["precision"] == "bf16" and row["density_target"] < 1]
-    if not sparse:
-        return "Not measured yet.\n"
-    densities = sorted({row["density_target"] for row in sparse}, reverse=True)
-    lines = []
-    for rule, name in RULE_NAMES.items():
-        for orders in ("six", "six+tiles"):
-            mine = {
-                row["density_target"]: row
-                for row in sparse
-                if tuple(row[name] for name in RULE) == rule and row["orders"] == orders
-            }
-            if mine:
-                cells = [
-                    f"{mine[d]['psnr_mean']:.1f} ± {mine[d]['psnr_std']:.1f}, {mine[d]['psnr_min']:.1f}"
-                    if d in mine
-                    else "–"
-                    for d in densities
-                ]
-                full = name + (" + tiles" if orders != "six" else "")
-                lines.append([f"**{full} (default)**" if (rule, orders) == DEFAULT else full, *cells])
-    first = sparse[0]
-    text = table(["PSNR against dense, dB: mean ± spread, worst clip", *(f"density {d:g}" for d in densities)], lines)
-    text += (
-        f"\nBundled model, {first['clips']} clips from prompts that the plan has not seen, {first['steps']} "
-        f"steps, none of them dense, {first['phases']} phases, blocks of {first['block']}, bf16. {where(sparse)}.\n"
-    )
-    quantised = [row for row in rows if row["density_target"] == 1 or row["precision"] != "bf16"]
-    if quantised:
-        lines = [
-            [
-                row["precision"],
-                f"{row['density_executed']:.2f}",
-                f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}",
-                f"{row['ssim_mean']:.4f}",
-            ]
-            for row in quantised
-        ]
-        text += (
-            "\n"
-            + table(["precision", "density", "PSNR, dB", "SSIM"], lines)
-            + f"\nThe same clips. {where(quantised)}.\n"
-        )
-    return text
-
-
-def comparison() -> str:
-    """Rules that choose blocks, at equal density: one line per method and density, without and with dense steps."""
-    rows = rows_of("fidelity")
-    text = ""
-    for warmup in sorted({row["dense_warmup"] for row in rows}):
-        mine = [row for row in rows if row["dense_warmup"] == warmup]
-        ours = {row["density_target"]: row for row in mine if row["method"] == "paroattn"}
-        densities = sorted({row["density_target"] for row in mine}, reverse=True)
-        lines = [
-            comparison_cells(row, ours.get(density))
-            for density in densities
-            for method in COMPARED
-            for row in mine
-            if (row["method"], row["density_target"]) == (method, density)
-        ]
-        dense = f"the first {100 * warmup:g} % of the steps dense" if warmup else "no step dense"
-        head = ["method, density", "executed", "PSNR, dB", "SSIM", "worst clip", "PSNR − ours, clip by clip"]
-        first = mine[0]
-        text += table(head, lines) + (
-            f"\nBundled model, {first['clips']} clips of {first['frames']} frames, {first['steps']} steps, {dense}; "
-            f"blocks of {first['block']}, {first['precision']}. In brackets 95 % of Student's t. {where(mine)}.\n\n"
-        )
-    return text.removesuffix("\n") or NOTHING
-
-
-def quality() -> str:
-    """Ideas for better plans: what was expected, held-out and evaluation clips, and the difference to the default."""
-    rows = rows_of("quality_experiments")
-    text = ""
-    for series in sorted({row["series"] for row in rows}):
-        mine = [row for row in rows if row["series"] == series]
-        found = {(row["method"], row["density_target"], row["prompts"]): row for row in mine}
-        lines = []
-        for method, density in dict.fromkeys((row["method"], row["density_target"]) for row in mine):
-            both = [found.get((method, density, prompts)) for prompts in ("held-out", "evaluation")]
-            base = [found.get(("paroattn-tiles", density, prompts)) for prompts in ("held-out", "evaluation")]
-            row = next(row for row in both if row)
-            cells = [quality_cell(one, other) for one, other in zip(both, base, strict=True)]
-            worst = f"{both[1]['psnr_min']:.1f}" if both[1] else "–"
-            idea = f"{row['idea']} ({row['method'].removeprefix('paroattn-')}), {density:g}"
-            lines.append([idea, row["predicted"] or "–", *cells, worst])
-        head = ["idea (method), density", "expected", "held-out, dB", "evaluation, dB", "worst of evaluation"]
-        notes = {row["note"].rpartition("; ")[2] for row in mine}
-        text += table(head, lines) + f"\nSeries {series}, {', '.join(sorted(notes))}. {where(mine)}.\n\n"
-    return text.removesuffix("\n") or NOTHING
-
-
-def quality_cell(row: dict | None, base: dict | None) -> str:
-    """Mean PSNR, and the difference to another plan on the same clips where they are known one by one."""
-    if row is None:
-        return "–"
-    if base is None or base is row:
-        return f"{row['psnr_mean']:.1f}"
-    if row["psnr"] is None or base["psnr"] is None:
-        return f"{row['psnr_mean']:.1f}, {decibels(row['psnr_mean'] - base['psnr_mean'])}"
-    return f"{row['psnr_mean']:.1f}, {paired(row['psnr'], base['psnr'])}"
-
-
-def layouts() -> str:
-    """Predicted error of what is dropped with other candidates, over that with the six axis orders."""
-    rows = [row for row in rows_of("quality_predictions") if row["kind"] == "candidates"]
-    densities = sorted({row["density"] for row in rows}, reverse=True)
-    found = {(row["name"], row["density"]): f"{row['relative_error']:.3f}" for row in rows}
-    lines = [[name, *(found[name, d] for d in densities)] for name in dict.fromkeys(row["name"] for row in rows)]
-    head = ["candidates", *(f"density {d:g}" for d in densities)]
-    return (
-        table(head, lines) + f"\nError that is predicted of dropped blocks, over that with six orders. {where(rows)}.\n"
-    )
-
-
-def joint() -> str:
-    """What a layer's dropped blocks err together, over the sum of what each errs alone."""
-    rows = [row for row in rows_of("quality_predictions") if row["kind"] == "joint error"]
-    lines = [
-        [
-            f"{row['name']}, {row['noise_level']:g}",
-            f"{row['over_sum']:.1f}",
-            f"{min(x for x in row['over_sum_by_head'] if x is not None):.1f} … "
-            f"{max(x for x in row['over_sum_by_head'] if x is not None):.1f}",
-            f"{row['over_coherent']:.2f}",
-            f"{row['over_heads']:.2f}",
-            f"{row['dropped_mass']:.2f}",
-        ]
-        for row in rows
-    ]
-    head = [
-        "layer, noise level",
-        "error over ΣE",
-        "of single heads",
-        "over (Σ√E)²",
-        "of all heads over their sum",
-        "dropped mass",
-    ]
-    return table(head, lines) + f"\nDensity 0.3, one clip of a calibration prompt, guided branch. {where(rows)}.\n"
-
-
-def comparison_cells(row: dict, ours: dict | None) -> list[str]:
-    """A line of the comparison; the difference is the mean over the same clips."""
-    name = f"{row['method']}, {row['density_target']:g}"
-    numbers = [("density_executed", 3), ("psnr_mean", 1), ("ssim_mean", 3), ("psnr_min", 1)]
-    cells = ["–" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in numbers]
-    return [name, *cells, paired(row["psnr"], ours["psnr"]) if ours and ours is not row else "–"]
-
-
-def paired(psnr: list[float | None], ours: list[float | None]) -> str:
-    """Mean difference over clips and its 95 % interval; a dash where clips are not the same or are identical."""
-    from paroattn.evaluation.fidelity import summarise
-
-    both = [(one, other) for one, other in zip(psnr, ours, strict=False) if one is not None and other is not None]
-    if len(psnr) != len(ours) or len(both) < len(ours):
-        return "–"
-    found = summarise([one - other for one, other in both])
-    interval = f" ({decibels(found.interval[0])} … {decibels(found.interval[1])})" if found.interval else ""
-    return decibels(found.mean) + interval
-
-
-def decibels(difference: float) -> str:
-    """With its sign, and a minus that is one."""
-    return f"{difference:+.1f}".replace("-", "−")
-
-
-def transfer() -> str:
-    """One plan elsewhere beside a plan calibrated there: one line per place and density."""
-    rows = rows_of("transfer")
-    if not rows:
-        return NOTHING
-    rows = sorted(rows, key=lambda row: -row["density_target"])
-    rows = [row for axis in TRANSFERRED for row in rows if row["axis"] == axis]
-    head = ["used at, density", "executed", "PSNR, dB", "worst clip", "calibrated there", "which gains, clip by clip"]
-    text = table(head, [transfer_cells(row) for row in rows])
-    text += (
-        f"\nBundled model in bf16, {rows[0]['clips']} clips of prompts that the plan has not seen, each against its "
-        "own dense clip; both plans execute the same density there. PSNR over clips, in brackets 95 % of Student's t. "
-        f"{where(rows)}.\n"
-    )
-    two, many = (
-        {row["density_target"]: row["psnr"] for row in rows if row["value"] == f"calibrated on {count}"}
-        for count in (2, 16)
-    )
-    gains = {
-        density: sum(there - here for there, here in zip(many[density], two[density], strict=True)) / len(two[density])
-        for density in two
-        if density in many
-    }
-    if gains:
-        said = ", ".join(f"at {density:g} {gain:.2f} dB" for density, gain in gains.items())
-        text += f"\nWhat a plan gains from 16 prompts instead of two: {said}.\n"
-    return text
-
-
-def transfer_cells(row: dict) -> list[str]:
-    """A line of the table on transfer."""
-    low, high = row["loss_interval"]
-    return [
-        f"{row['axis']}: {row['value']}, {row['density_target']:g}",
-        f"{row['density_executed']:.3f}",
-        *(f"{row[name]:.1f}" for name in ("psnr_mean", "psnr_min", "psnr_own_plan")),
-        f"{row['loss_mean']:.2f} [{low:.2f}, {high:.2f}]",
-    ]
 
 
 def attention() -> str:
@@ -298,6 +48,34 @@ def attention() -> str:
     )
 
 
+def by_product(line: tuple[str, str]) -> bool:
+    """Q·K first."""
+    return line[0] != "QK"
+
+
+def four_bits() -> str:
+    """Whole samples in INT4: ingredients, cumulative from line to line within a product, then mixtures with INT8."""
+    rows = rows_of("int4")
+    if not rows:
+        return NOTHING
+    names = {"qk": "Q·K", "pv": "P·V", "qk+pv": "both", "0.5": "density 0.5"}
+
+    def place(what: str) -> int:
+        return list(names).index(what.removeprefix("0.5+"))
+
+    lines = [
+        ["density 0.5, " * row["what"].startswith("0.5+") + names[row["what"].removeprefix("0.5+")],
+         "; ".join(row["ingredients"]) if row["heads"] is None and row["ingredients"] else "–",
+         f"{row['heads_int4']:.0%}{', ' * bool(row['heads'])}{row['heads'] or ''}", f"{row['psnr_mean']:.1f}"]
+        for row in sorted(rows, key=lambda row: (bool(row["heads"]), place(row["what"]), row["heads"] or "",
+                                                 row["heads_int4"], len(row["ingredients"])))
+    ]  # fmt: skip
+    first = rows[0]
+    about = f"{first['clips']} clips of {first['steps']} steps at guidance {first['guidance']:g}"
+    note = f"\n{about}; heads that are not in INT4 are in INT8, all of them as they ship. {where(rows)}.\n"
+    return table(["in INT4", "made of", "heads in INT4", "PSNR, dB"], lines) + note
+
+
 def numerics() -> str:
     """Ingredients of the integer formats, cumulative from line to line within a product."""
     rows = rows_of("numerics_cpu")
@@ -305,9 +83,11 @@ def numerics() -> str:
         return "Not measured yet.\n"
     found = {(row["product"], row["variant"], row["format"]): row for row in rows}
     lines = []
-    for product, variant in dict.fromkeys((row["product"], row["variant"]) for row in rows):
-        cells = [found[product, variant, form] for form in ("int8", "int4")]
-        values = [f"{'**' * row['shipped']}{row['sqnr_db']:.1f}{'**' * row['shipped']}" for row in cells]
+    for product, variant in sorted(dict.fromkeys((row["product"], row["variant"]) for row in rows), key=by_product):
+        cells = [found.get((product, variant, form)) for form in ("int8", "int4")]
+        values = [
+            f"{'**' * row['shipped']}{row['sqnr_db']:.1f}{'**' * row['shipped']}" if row else "–" for row in cells
+        ]
         lines.append([f"{'Q·K' if product == 'QK' else 'P·V'}: {variant}", *values])
     note = f"\nMean over {rows[0]['maps']} layers and steps; what ships is bold. {where(rows)}.\n"
     return table(["signal to noise of the attention output, dB", "INT8", "INT4"], lines) + note
@@ -644,16 +424,19 @@ def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callab
     return table(columns, cells) + f"\n{where(timed)}.\n" if timed else ""
 
 
-NOTHING = "Not measured yet.\n"
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "comparison": comparison,
+    "images": images,
+    "demands": demands,
+    "formats": formats,
     "transfer": transfer,
     "quality": quality,
     "layouts": layouts,
     "joint": joint,
     "attention": attention,
     "numerics": numerics,
+    "four-bits": four_bits,
     "attention-gpu": attention_gpu,
     "attention-gpu-short": attention_gpu_short,
     "kernels-gpu": kernels_gpu,

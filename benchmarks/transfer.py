@@ -9,10 +9,9 @@ with its own dense clip: same prompt, seed, steps, guidance, weights and size. T
 
     prompt       plans from 2 and from 16 prompts on 16 others; the plan beside them is calibrated on these 16
     seed         other noise
-    steps        4 to 50 instead of 24
+    steps        4 to 50 instead of 24, and a student distilled to four steps without guidance (training/distil.py)
     guidance     none, and twice as much
-    finetune     a LoRA (training/lora.py), and a student distilled to four steps without guidance (training/distil.py);
-                 both are made here, with what they can do in the row
+    finetune     a LoRA (training/lora.py); it and the student are made here, with what they can do in the row
     resolution   a plan for another grid from the statistics of this one, as `paro plan --grid` makes it, and the plan's
                  masks alone carried there with `for_grid`
 
@@ -25,9 +24,10 @@ import fcntl
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fidelity import executed, tuned
+from at_density import executed, tuned
 from fidelity_demo import all_kept
 from paroattn import apply, remove, report
 from paroattn.capture import Statistics
@@ -49,7 +49,7 @@ from paroattn.integration.schedule import noise_levels
 from paroattn.integration.sensitivity import measure_sensitivity
 from paroattn.plan.plan import Plan, TransformerPlan
 from paroattn.plan.search import PlanSettings, make_plan
-from records import environment, merge
+from records import environment, merge, read
 
 TRAINING = Path(__file__).parent.parent / "training"
 RESULT = Path(__file__).parent / "results" / "transfer.json"
@@ -128,11 +128,9 @@ def cases() -> list[Case]:
         Case("steps", n, replace(base, steps=n), Calibration(steps=n, at=replace(base, steps=n)))
         for n in (4, 8, 12, 24, 50)
     ]
-    student = Setting(steps=4, guidance=1.0, model="distilled")
-    found += [
-        Case("finetune", "LoRA", Setting(model="lora"), Calibration(at=Setting(model="lora"))),
-        Case("finetune", "distilled to 4 steps", student, Calibration(steps=4, at=student)),
-    ]
+    student, tuned_model = Setting(steps=4, guidance=1.0, model="distilled"), Setting(model="lora")
+    found += [Case("steps", "4, distilled", student, Calibration(steps=4, at=student))]
+    found += [Case("finetune", "LoRA", tuned_model, Calibration(at=tuned_model))]
     places = [sized(24, 13, 18), sized(16, 17, 24), sized(11, 9, 14)]
     found += [Case("resolution", str(each.grid), each, Calibration(at=each)) for each in places]
     found += [
@@ -154,6 +152,22 @@ def drawn_prompts(count: int) -> tuple[str, ...]:
         if (prompt := prompt_of(words)) not in (*found, *EVALUATION_PROMPTS):
             found.append(prompt)
     return tuple(found[:count])
+
+
+def remembered(statistics: Statistics) -> Statistics:
+    """The same statistics, which answer what they were asked before at once: laying maps over a grid takes seconds."""
+    kept: dict[Any, Tensor] = {}
+
+    def once(ask: Callable[..., Tensor], *question: Any) -> Tensor:
+        key = ask.__name__, *(tuple(part) if isinstance(part, list) else part for part in question)
+        if key not in kept:
+            kept[key] = ask(*question)
+        return kept[key].clone()
+
+    found = copy(statistics)
+    for name in ("mean", "heaviest"):
+        setattr(found, name, partial(once, getattr(statistics, name)))
+    return found
 
 
 class Models:
@@ -196,11 +210,12 @@ class Bench:
         self.precision = own_precision(self.pipe)
         self.prompts = EVALUATION_PROMPTS[:clips]
         self.statistics, self.levels = cache(self._statistics), cache(self._levels)
+        self.laid = cache(lambda calibration, grid: remembered(regridded(self.statistics(calibration), grid)))
         self.dense: dict[Setting, Tensor] = {}
 
     def plan(self, calibration: Calibration, density: float, steps: int, grid: Grid | None = None) -> TransformerPlan:
         """A plan that executes this density on a schedule of so many steps, on the calibration's grid by default."""
-        statistics = regridded(self.statistics(calibration), grid or calibration.at.grid)
+        statistics = self.laid(calibration, grid or calibration.at.grid)
 
         def make(wanted: float) -> TransformerPlan:
             return make_plan(statistics, PlanSettings(wanted, precision=self.precision))
@@ -279,12 +294,12 @@ def row(bench: Bench, case: Case, density: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows(
-    bench: Bench, axes: Sequence[str], values: Sequence[str], densities: Sequence[float]
-) -> Iterator[dict[str, Any]]:
-    """Every row, the most important first."""
-    for case in (case for case in cases() if case.axis in axes and (not values or str(case.value) in values)):
-        yield from (row(bench, case, density) for density in densities)
+def rows(bench: Bench, args: argparse.Namespace, there: set[str]) -> Iterator[dict[str, Any]]:
+    """Every row that is asked for and not there yet, the most important first."""
+    for case in (case for case in cases() if case.axis in args.axes):
+        if not args.values or str(case.value) in args.values:
+            wanted = [density for density in args.densities if str((case.axis, case.value, density)) not in there]
+            yield from (row(bench, case, density) for density in wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -297,11 +312,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--out", type=Path, default=RESULT, help="result file to merge the rows into")
+    parser.add_argument("--resume", action="store_true", help="leave out rows that the result file has")
     args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     bench, last = Bench(args.device, args.clips, args.impl, dtype, args.statistics), time.time()
     about = environment(args.device, args.impl) | {"weights_sha256": weights_sha256(), "impl": args.impl}
-    for found in rows(bench, args.axes, args.values, args.densities):
+    there = {str(tuple(each.get(name) for name in KEY)) for each in read(args.out)} if args.resume else set()
+    for found in rows(bench, args, there):
         merge(args.out, [found | about], KEY)
         shown = (*KEY, "density_executed", "psnr_mean", "psnr_own_plan", "density_own_plan", "loss_interval")
         print(f"{time.time() - last:6.1f} s", {name: found[name] for name in shown}, flush=True)

@@ -10,7 +10,8 @@ HAS_GPU = torch.cuda.is_available()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(4, (os.cpu_count() or 1) // WORKERS)))
 
 SKIPPED = {
     "gpu": (lambda config: not HAS_GPU, "needs an NVIDIA GPU"),

@@ -4,19 +4,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import attention as benchmark
+import int4
+import paroattn
 import peers
 import prepare
 import records
 import shapes
 import tables
 import timing
-from paroattn.block_mask import blocks_of
-from paroattn.grid import Grid, TextSpan
+from paroattn.block_mask import BlockMask, blocks_of
+from paroattn.capture import BlockStats, CaptureSettings, Statistics
+from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.plan.plan import Plan
 from shapes import SHAPES, Shape
 
 ROOT = Path(__file__).parents[1]
@@ -367,7 +372,7 @@ def result(**fields):
 
 
 def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr("result_tables.RESULTS", tmp_path)
     assert {tables.attention_gpu(), tables.kernels_gpu(), tables.prepare_gpu()} == {"Not measured yet.\n"}
     rows = [
         result(impl="cudnn", precision="bf16/bf16", block=None, density=1.0, ms=34.32, speedup_vs_cudnn=1.0),
@@ -386,3 +391,79 @@ def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypat
     assert "too long" not in text
     assert "NVIDIA H200, PyTorch 2.11.0, 2026-01-01." in text
     assert "| wan-14b-480p, int8/fp8, 128x128, uneven | 700 |" in tables.kernels_gpu()
+
+
+def test_every_ingredient_of_int4_changes_what_the_reference_computes():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 150, 2, 64, generator=generator) for _ in range(3))
+    mask, outputs = BlockMask.full(2, 150, (64, 64)), {}
+    expected = paroattn.attention(q, k, v, mask, precision="fp32", impl="reference")
+    variants = [each for each in int4.variants() if each.density == 1 and each.heads is None]
+    for variant in variants:
+        with int4.replaced(variant.patches):
+            out = paroattn.attention(q, k, v, mask, precision=int4.PRECISIONS[variant.what], impl="reference")
+        assert isinstance(out, torch.Tensor) and isinstance(expected, torch.Tensor)
+        error = ((out - expected).norm() / expected.norm()).item()
+        assert 0.01 < error < 1.5, variant
+        outputs[variant.what, variant.ingredients] = error
+    assert len(set(outputs.values())) == len(variants) == 14
+    assert {each.what for each in int4.variants() if each.density == 0.5} == {"0.5", "0.5+qk", "0.5+pv", "0.5+qk+pv"}
+
+
+def test_a_mixture_has_the_heads_that_the_planner_picks_and_its_row_says_how_many(monkeypatch):
+    """Statistics in which a head's rounding costs the more the later it comes; only some layers are there."""
+    layout, heads, blocks = Layout(Grid(16, 13, 18)), 6, 59
+    flat = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    names = list(Plan.from_pretrained(int4.PLAN)["transformer"].layers)
+
+    def sums(row: int) -> BlockStats:
+        cost = torch.tensor([[0.1], [1.0]]) * (1 + row * heads + torch.arange(heads))
+        return BlockStats(flat, flat, flat[..., 0, 0], flat[..., 0, 0], torch.tensor(1.0), 1, rounding=cost)
+
+    layers = {name: {0.5: sums(row)} for row, name in enumerate(names)}
+    settings = CaptureSettings(orders=("FHW",), paper=False)
+    plans = int4.Plans(SimpleNamespace(), 1)  # pyright: ignore[reportArgumentType]
+    vars(plans)["statistics"] = Statistics("WanTransformer3DModel", heads, 64, layout, settings, layers)
+    variants = [each for each in int4.variants() if each.heads]
+    assert [(each.what, each.share, each.heads) for each in variants] == [
+        *(("qk+pv", share, int4.LEAST) for share in (0.0, 0.25, 0.5, 0.75)),
+        ("qk+pv", 0.5, int4.MOST), ("0.5+qk+pv", 0.5, int4.LEAST),
+    ]  # fmt: skip
+    for variant in variants:
+        plan, asked = plans.of(variant), []
+        bench = SimpleNamespace(
+            impl="reference", row=lambda plan, precision, asked=asked: asked.append(precision) or ROW
+        )
+        row = int4.measured(bench, variant, plan)  # pyright: ignore[reportArgumentType]
+        count = round(variant.share * heads * len(names))
+        assert asked == [None] and row["heads_int4"] == pytest.approx(count / (heads * len(names)), abs=1e-4)
+        chosen = [name == "int4" for layer in plan.layers.values() for name in layer.precision[0]]
+        first = sum(chosen[:count]) if variant.heads == int4.LEAST else sum(chosen[-count:])
+        assert sum(chosen) == first == count
+        assert plan.density == pytest.approx(variant.density, abs=1e-3)
+    assert plans.of(next(int4.variants())) is plans.dense
+
+
+ROW = {"density_executed": 1.0, "psnr_mean": 1.0, "psnr_std": 1.0, "psnr_min": 1.0, "clips": 1, "steps": 1}
+
+
+def test_the_table_of_int4_tells_its_rows_apart(monkeypatch):
+    about = {"date": "2026-11-22", "device": "a GPU", "torch": "2.11.0", "triton": None}
+    about |= {"clips": 16, "steps": 24, "guidance": 2.0, "heads": None, "heads_int4": 1.0}
+    rows = [
+        {"what": "0.5+qk+pv", "ingredients": ["a", "b"], "psnr_mean": 30.04} | about,
+        {"what": "pv", "ingredients": ["b"], "psnr_mean": 36.26} | about,
+        {"what": "qk", "ingredients": ["a", "c"], "psnr_mean": 34.0} | about,
+        about | {"what": "qk+pv", "ingredients": ["a", "b"], "psnr_mean": 35.0, "heads": "most", "heads_int4": 0.5},
+        about | {"what": "qk+pv", "ingredients": ["a", "b"], "psnr_mean": 38.0, "heads": "least", "heads_int4": 0.5},
+        about | {"what": "qk+pv", "ingredients": ["a", "b"], "psnr_mean": 41.0, "heads": "least", "heads_int4": 0.25},
+        {"what": "qk", "ingredients": ["a"], "psnr_mean": 31.0} | about,
+    ]
+    monkeypatch.setattr(tables, "rows_of", lambda name: rows if name == "int4" else [])
+    lines = tables.four_bits().splitlines()
+    assert lines[2:9] == [
+        "| Q·K | a | 100% | 31.0 |", "| Q·K | a; c | 100% | 34.0 |", "| P·V | b | 100% | 36.3 |",
+        "| density 0.5, both | a; b | 100% | 30.0 |",
+        *(f"| both | – | {heads} |" for heads in ("25%, least | 41.0", "50%, least | 38.0", "50%, most | 35.0")),
+    ]  # fmt: skip
+    assert "16 clips of 24 steps at guidance 2; heads that are not in INT4 are in INT8" in lines[-1]

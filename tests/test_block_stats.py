@@ -1,12 +1,19 @@
 """Statistics against their definitions, written out with explicit maps in float64."""
 
+import json
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from paroattn.block_mask import BlockMask
 from paroattn.capture import CaptureSettings, Statistics
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.integration.calibrate import calibrate
 from paroattn.kernels import block_stats as module
+from paroattn.kernels import rounding
+from paroattn.kernels.attention import attention
 from paroattn.kernels.block_stats import block_stats
 from paroattn.plan.search import PlanSettings, choose_orders, make_plan
 
@@ -237,3 +244,68 @@ def test_a_sample_takes_less_memory():
 def test_calibration_refuses_to_make_masks_from_a_sample_before_anything_runs():
     with pytest.raises(ValueError, match=r"block_stride must be 1 to make a plan, .* got 16"):
         calibrate(None, "a prompt", precision="fp32", capture=CaptureSettings(block_stride=16))
+
+
+def test_rounding_costs_what_the_whole_attention_in_that_precision_errs():
+    """Every row of the video is measured where they are few; the text's rows are not, but its keys are read."""
+    text = 5
+    layout = Layout(Grid(2, 4, 7), TextSpan(text, "prefix"))
+    q, k, v, w_o = _inputs(layout)
+    found = block_stats(q, k, v, w_o, layout=layout, orders=("FHW",), block=(16, 8), rounding=True)
+    without = block_stats(q, k, v, w_o, layout=layout, orders=("FHW",), block=(16, 8))
+    assert found.rounding is not None and without.rounding is None
+    assert torch.equal(found.error, without.error)
+    heads, tokens = q.shape[2], layout.tokens
+    given = {"table": layout.table(("FHW",)), "order": torch.zeros(heads, dtype=torch.int32), "text_tokens": text}
+    mask, first = BlockMask.full(heads, tokens, (16, 8)), [x[:1] for x in (q, k, v)]
+    exact: Any = attention(*first, mask, **given)
+    for row, precision in enumerate(("int8", "int4")):
+        got: Any = attention(*first, mask, **given, precision=precision)
+        expected = torch.einsum("nhd,hdc->nhc", (got - exact)[0, text:], w_o).square().sum((0, 2))
+        torch.testing.assert_close(found.rounding[row], expected.to(found.rounding.dtype), rtol=1e-6, atol=1e-12)
+    assert (found.rounding[1] > 20 * found.rounding[0]).all()
+
+
+def test_rounding_is_estimated_from_rows_all_over_a_long_video(monkeypatch):
+    layout = Layout(Grid(4, 8, 16))
+    q, k, v, w_o = _inputs(layout)
+    settings = {"layout": layout, "orders": ("FHW",), "block": (64, 64), "rounding": True}
+    sample: Any = block_stats(q, k, v, w_o, **settings).rounding
+    monkeypatch.setattr(rounding, "ELEMENTS_AT_ONCE", 1)  # head by head
+    assert torch.equal(block_stats(q, k, v, w_o, **settings).rounding, sample)
+    monkeypatch.setattr(rounding, "ROWS", 512)
+    whole = block_stats(q, k, v, w_o, **settings).rounding
+    assert sample.shape == (2, q.shape[2]) and (sample / whole - 1).abs().max() < 0.5
+    assert ((sample / whole).mean(1) - 1).abs().max() < 0.2
+    rows = rounding._rows(75600)
+    assert len(rows) == 512 and (rows.diff() > 0).all() and len((rows % 80).unique()) == 80
+
+
+def test_rounding_is_measured_once_for_each_layer_and_noise_level_and_kept(tmp_path):
+    layout = Layout(Grid(2, 4, 7))
+    q, k, v, w_o = _inputs(layout)
+    for codes in (False, True):
+        settings = CaptureSettings(orders=("FHW",), block=(16, 8), paper=False, codes=codes)
+        statistics, asked = Statistics("M", q.shape[2], q.shape[3], layout, settings), []
+
+        def measure(*args, asked=asked, **kwargs):
+            asked.append(kwargs["rounding"])
+            return block_stats(*args, **kwargs)
+
+        for level, factor in ((0.9, 1), (0.9, 3), (0.4, 2)):
+            statistics.add("a", q * factor, k, v, w_o, level, measure)
+        assert asked == [True, False, True]
+        given = {"layout": layout, "orders": ("FHW",), "block": (16, 8), "rounding": True}
+        each: Any = [block_stats(q * n, k, v, w_o, **given).rounding for n in (1, 2)]
+        loaded = Statistics.load(statistics.save(tmp_path / str(codes)))
+        for one in (statistics, loaded):
+            for levels, expected in ((None, torch.stack(each).mean(0)), ([0.4], each[1])):
+                torch.testing.assert_close(one.rounding("a", levels), expected, check_dtype=False)
+        old = Statistics("M", q.shape[2], q.shape[3], layout, replace(settings, rounding=False))
+        old.add("a", q, k, v, w_o, 0.9, block_stats)
+        there = old.save(tmp_path / f"old {codes}") / "statistics.json"
+        described = json.loads(there.read_text())
+        del described["settings"]["rounding"]  # as an earlier version wrote it
+        there.write_text(json.dumps(described))
+        loaded = Statistics.load(there.parent)
+        assert loaded.rounding("a") is None and loaded.settings.rounding is False

@@ -1,12 +1,14 @@
 """The command line: every stage on the bundled model, and every wrong use before any work."""
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
 
+from paroattn import cli
 from paroattn.cli import main
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.grid import Grid
@@ -91,13 +93,38 @@ def test_plan_shows_the_curve_without_writing_a_plan(plan, tmp_path, capsys):
         (["--speedup", 3], "got fp32/fp32 in blocks of 64x64 with head dimension 64"),
         (["--error", 1e6], "a target error must be at most"),
         (["--error", -1], "a target error must be above 0"),
-        (["--gpu", "abacus"], "times are known for NVIDIA H200; got 'abacus'"),
+        (["--gpu", "abacus"], "a GPU must be NVIDIA H200"),
         (["--error", 0.1, "--budget", "per_head"], "needs one threshold; got the budget per_head"),
     ],
 )
 def test_a_target_out_of_reach_leaves_no_plan(words, message, plan, tmp_path, capsys):
     assert paro("plan", plan, "--out", tmp_path / "plan", *words) == 2
     assert message in said(capsys)[1] and not (tmp_path / "plan").exists()
+
+
+def test_plan_mixes_int4_and_int8_and_says_so(plan, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    assert paro("plan", plan, "--precision", "auto", "--int4-share", 0.2, "--out", mixed, "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["precision"] == pytest.approx({"int8": 0.8, "int4": 0.2})
+    assert "transformer: 20% of the heads are in INT4, those that are predicted to lose least by it" in words
+    assert numbers["transformer"]["predicted"]["heads_int4"] == pytest.approx(0.2)
+    assert paro("show", mixed, "--html", tmp_path / "plan.html") == 0
+    words = said(capsys)[1]
+    assert "int8 (80% of heads), int4 (20% of heads)" in words and "heads in INT4" in words
+    assert re.search(r"20\s% of the heads in int4", (tmp_path / "plan.html").read_text())
+    assert paro("plan", mixed, "--density", 0.3, "--out", tmp_path / "again", "--json") == 0
+    assert said(capsys)[0]["transformer"]["precision"] == pytest.approx({"int8": 0.8, "int4": 0.2})
+    assert paro("plan", plan, "--precision", "auto", "--out", tmp_path / "eight", "--json") == 0
+    numbers, words = said(capsys)
+    assert numbers["transformer"]["precision"] == {"int8": 1.0}
+    assert "INT4 saves no time on NVIDIA H200: every head is in INT8" in words
+    part = Plan.from_pretrained(plan)["transformer"]
+    first, *others = part.layers
+    eight = replace(part.layers[first], precision=(("int8",) * part.heads,) * len(part.phases))
+    other = replace(part, layers={first: eight, **{name: part.layers[name] for name in others}})
+    with pytest.raises(ValueError, match=r"several precisions, fp32, int8; give one with --precision"):
+        cli._precision_of({"transformer": other})
 
 
 def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):

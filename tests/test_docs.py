@@ -74,6 +74,10 @@ def parsed_or_none(command: str) -> Any:
         return None
 
 
+def named(value: Any) -> str:
+    return value.stem if isinstance(value, Path) else f"{value.command} {value.model}"
+
+
 COMMAND_LINES = [(page, command) for page in PAGES for command in commands(page)]
 ON_MODELS = [
     (page, args)
@@ -105,7 +109,7 @@ def _layout(args: Any) -> Any:
     return workload(HUB[args.model][1]).layout("x".join(map(str, sizes)))
 
 
-@pytest.mark.parametrize(("page", "args"), [(p, a) for p, a in ON_MODELS if a.command == "calibrate"], ids=str)
+@pytest.mark.parametrize(("page", "args"), [(p, a) for p, a in ON_MODELS if a.command == "calibrate"], ids=named)
 def test_every_calibration_fits_in_memory(page, args):
     model, grid, block = workload(HUB[args.model][1]), _layout(args).grid, parse_block(args.block)
     settings = CaptureSettings(orders=args.orders or CANDIDATES, block=block, codes=True)
@@ -127,7 +131,7 @@ def test_a_plan_is_used_at_the_size_and_with_the_model_it_was_made_for(page):
             assert getattr(args, name) == getattr(maker, name)
 
 
-@pytest.mark.parametrize(("page", "args"), ON_MODELS, ids=str)
+@pytest.mark.parametrize(("page", "args"), ON_MODELS, ids=named)
 def test_the_pipeline_takes_what_the_command_hands_it(page, args):
     pytest.importorskip("transformers", reason="diffusers' own pipelines need transformers")
     takes = inspect.signature(getattr(diffusers, args.pipeline or HUB[args.model][0]).__call__).parameters

@@ -13,7 +13,7 @@ from paroattn.cli import main
 from paroattn.evaluation import forecast as predictions
 from paroattn.evaluation.forecast import Forecast, forecast, milliseconds, predict, rates_here
 from paroattn.grid import Grid, TextSpan
-from paroattn.kernels import library, selfcheck
+from paroattn.kernels import library, native, selfcheck
 from paroattn.plan.cost import rates_of
 from paroattn.plan.workloads import WORKLOADS, Workload, workload
 
@@ -119,14 +119,19 @@ def test_an_error_far_above_the_reference_s_own_is_wrong_even_if_close_to_it():
     assert selfcheck._timed("kernel", 0.01, lambda: (0.02, 0.02, 0.0101)).problem is not None
 
 
-@pytest.mark.parametrize(("capability", "precisions"), [((8, 0), 2), ((8, 9), 3), ((9, 0), 3)])
-def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability, precisions, monkeypatch):
+@pytest.mark.parametrize("missing", [None, "kernels need cuda.core"])
+@pytest.mark.parametrize(("capability", "precisions"), [((8, 0), 3), ((8, 9), 4), ((9, 0), 4)])
+def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability, precisions, missing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    found = selfcheck.configurations(torch.device("cuda"))
-    assert len(found) == len(set(map(str, found))) == precisions * 4 * 2
-    assert {each.impl for each in found} == {"triton"} and {each.dtype for each in found} == {torch.bfloat16}
+    monkeypatch.setattr(native, "missing", lambda: missing)
+    found, left_out = selfcheck.configurations(torch.device("cuda")), selfcheck.skipped(torch.device("cuda"))
+    has_units = capability[0] == 8
+    kernels = {"triton", "native"} if has_units and missing is None else {"triton"}
+    assert len(found) == len(set(map(str, found))) == (precisions + len(kernels) - 1) * 4 * 2
+    assert {each.impl for each in found} == kernels and {each.dtype for each in found} == {torch.bfloat16}
     assert any(each.precision == "int8/fp8" for each in found) == (capability >= (8, 9))
-    assert len(selfcheck.skipped(torch.device("cuda"))) == (capability < (8, 9))
+    assert len(left_out) == (capability < (8, 9)) + (has_units and missing is not None)
+    assert any("four bits: kernels need cuda.core" in line for line in left_out) == (has_units and missing is not None)
 
 
 @pytest.mark.gpu
@@ -390,15 +395,19 @@ def test_the_doctor_says_what_a_forward_takes_dense_and_by_block_masks(monkeypat
     assert f"{row['forward_ms']['compiled']:.0f} ms, 2.70×" in words and "rates of NVIDIA H200" in words
 
 
-def test_more_kept_blocks_take_longer(quick):
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+def test_what_is_timed_keeps_as_many_blocks_as_are_asked_for(density, monkeypatch):
+    kept = []
+    monkeypatch.setattr(predictions, "attention", lambda q, k, v, mask, **rest: kept.append(mask.density))
+
+    def timed(call, device):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(predictions, "milliseconds", timed)
     model = Workload(2, 64, 2, {"x": (9, 192, 192)}, (4, 8, 8))
-
-    def fastest(density: float) -> float:
-        found = (forecast(model, "x", density, ("fp32",), device="cpu", dtype=torch.float32) for _ in range(3))
-        return min(each.sparse_ms["fp32"] for each in found)
-
-    times = [fastest(density) for density in (0.05, 1.0)]
-    assert times[0] < times[1]
+    forecast(model, "x", density, ("fp32",), device="cpu", dtype=torch.float32)
+    assert kept == [pytest.approx(density, abs=0.03)]
 
 
 def test_a_call_is_timed_after_it_ran_before_and_often_enough(quick):

@@ -17,6 +17,7 @@ import forwards
 import gate
 import kernel_times
 import records
+import result_tables
 import synthetic_plan
 import tables
 from architectures import ARCHITECTURES, built, first_blocks, only
@@ -715,7 +716,7 @@ def test_rows_are_merged_and_later_baselines_reach_earlier_rows(tmp_path):
 
 
 def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
     assert tables.end_to_end() == tables.forwards() == tables.roofline() == tables.NOTHING
     rows = benchmark.with_comparisons(table_rows())
     records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)
@@ -750,7 +751,7 @@ def test_ours_is_compared_with_the_dense_row_that_has_all_else_in_common(other):
 
 
 def test_forecasts_are_compared_with_what_was_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
     assert tables.forecasts() == tables.NOTHING
     rows = benchmark.with_comparisons(table_rows())
     records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)

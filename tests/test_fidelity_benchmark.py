@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,16 +11,21 @@ from tiny_models import GRID as WAN_GRID
 from tiny_models import random_plan, tiny_wan, wan_inputs
 
 import fidelity
+import fidelity_tables
+import result_tables
+import rounding
 import rules
-import tables
+from at_density import executed, warmed, warmup_steps
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.demo import pipeline as demo
 from paroattn.grid import Grid, Layout, token_order
 from paroattn.integration.apply import apply, remove, report
+from paroattn.integration.schedule import noise_levels
 from paroattn.kernels.attention import attention
 from paroattn.phases import phase_at
 from paroattn.plan.plan import Plan
 from paroattn.plan.search import PlanSettings, make_plan
+from refined import Refiner
 
 GRIDS = [(Grid(5, 6, 7), (16, 16)), (Grid(3, 7, 11), (16, 32)), (Grid(7, 4, 3), (8, 4))]
 DENSITIES = (0.5, 0.3, 0.2, 0.15)
@@ -337,6 +343,11 @@ def test_a_rule_that_keeps_more_than_it_may_is_refused(wan):
 # Density and warm-up
 
 
+def unchanged(plan, name):
+    """In place of refining."""
+    return plan
+
+
 @pytest.fixture(scope="module")
 def small():
     """The bundled model on a small grid, and its statistics."""
@@ -348,16 +359,16 @@ def small():
 
 @pytest.mark.parametrize(("steps", "dense"), [(24, 5), (5, 1), (2, 1), (10, 2), (15, 3)])
 def test_a_fifth_of_the_steps_is_rounded_up(steps, dense):
-    assert fidelity.warmup_steps(0.2, steps) == dense
-    assert fidelity.warmup_steps(0.0, steps) == 0
+    assert warmup_steps(0.2, steps) == dense
+    assert warmup_steps(0.0, steps) == 0
 
 
 @pytest.mark.parametrize("warmup", fidelity.WARMUPS)
 @pytest.mark.parametrize("name", [name for name in fidelity.METHODS if name != "dense"])
 def test_every_method_is_set_to_the_density_that_is_asked_for(small, name, warmup):
     bench, statistics = small
-    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32")
-    dense = fidelity.warmup_steps(warmup, STEPS)
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged)
+    dense = warmup_steps(warmup, STEPS)
     for density in (0.5, 0.3, 0.2):
         method = methods(name, density, bench.levels[dense:])
         counted = [
@@ -369,13 +380,16 @@ def test_every_method_is_set_to_the_density_that_is_asked_for(small, name, warmu
         rule, _, reorder = name.partition("+")
         assert (method.choose is rules.DYNAMIC.get(rule)) and (method.choose is None) == (rule not in rules.DYNAMIC)
         used = {order for layer in method.plan.layers.values() for order in layer.orders}
-        assert (used == {"FHW"}) == (not reorder and name not in ("paroattn", "paper", "spatial-temporal"))
+        ours = name in ("paroattn", "paroattn-unrefined")
+        assert (used == {"FHW"}) == (not reorder and not ours and name not in ("paper", "spatial-temporal"))
 
 
 def test_ours_is_what_calibrating_makes_by_default(small):
     _, statistics = small
     levels = statistics.noise_levels  # the schedule of the calibration needs no tuning
-    ours = fidelity.Methods(statistics, (0.25, 0.5, 0.75, 1.0), "fp32")("paroattn", 0.3, tuple(levels)).plan
+    ours = fidelity.Methods(statistics, (0.25, 0.5, 0.75, 1.0), "fp32", unchanged)(
+        "paroattn-unrefined", 0.3, tuple(levels)
+    ).plan
     default = make_plan(statistics, PlanSettings(0.3))
     assert statistics.level_weights and not statistics.layer_weights
     assert ours.density == pytest.approx(0.3, abs=0.001)
@@ -387,7 +401,7 @@ def test_ours_is_what_calibrating_makes_by_default(small):
 def test_a_warm_up_is_a_phase_of_its_own_with_every_block(small):
     bench, statistics = small
     plan = make_plan(statistics, PlanSettings(0.3, phase_ends=(0.4, 1.0)))
-    longer = fidelity.warmed(plan, bench.levels, 2)
+    longer = warmed(plan, bench.levels, 2)
     for step, level in enumerate(bench.levels):
         for name, layer in longer.layers.items():
             found = layer.mask[phase_at(longer.phases, level)].dense()
@@ -395,17 +409,17 @@ def test_a_warm_up_is_a_phase_of_its_own_with_every_block(small):
             assert torch.equal(found, torch.ones_like(wanted) if step < 2 else wanted)
             assert layer.orders == plan.layers[name].orders
     assert longer.phases[0].share == pytest.approx(2 / STEPS)
-    assert fidelity.warmed(plan, bench.levels, 0) is plan
+    assert warmed(plan, bench.levels, 0) is plan
 
 
 def test_the_first_steps_of_a_warm_up_make_what_dense_steps_make(small):
     bench, statistics = small
-    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32")
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged)
     made = {}
     for name, plan, choose in (
         ("dense", methods.dense(), None),
-        ("static", fidelity.warmed(methods("paroattn", 0.3, bench.levels).plan, bench.levels, 2), None),
-        ("dynamic", fidelity.warmed(methods("oracle", 0.3, bench.levels).plan, bench.levels, 2), rules.oracle),
+        ("static", warmed(methods("paroattn", 0.3, bench.levels).plan, bench.levels, 2), None),
+        ("dynamic", warmed(methods("oracle", 0.3, bench.levels).plan, bench.levels, 2), rules.oracle),
     ):
         steps = made[name] = []
         apply(bench.pipe, Plan({"transformer": plan}), impl="auto")
@@ -431,9 +445,12 @@ def run(small, tmp_path_factory):
     out = folder / "fidelity.json"
     out.write_text(json.dumps({"rows": [{"method": "kept"}, {"method": "paper", "frames": 49}]}))
     base = ["--out", str(out), "--statistics", str(statistics), "--precision", "fp32", "--steps", "2", "--clips", "1"]
-    base += ["--size", "5", "24", "28"]
+    base += ["--size", "5", "24", "28", "--refining", "1", "1", "2"]
     fidelity.main([*base, "--densities", "0.5"])
     fidelity.main([*base, "--densities", "0.5", "0.3", "--methods", "paper", "--warmups", "0"])
+    with pytest.MonkeyPatch.context() as patch:  # what is there is neither made nor measured again
+        patch.setattr(fidelity.Comparison, "clips", None)
+        fidelity.main([*base, "--densities", "0.5", "--resume"])
     return json.loads(out.read_text())["rows"]
 
 
@@ -443,7 +460,7 @@ def test_rows_are_complete_and_merged(run):
     keys = [(row["method"], row["density_target"], row["dense_warmup"]) for row in found]
     wanted = {(name, 0.5, warmup) for name in fidelity.METHODS for warmup in (0.0, 0.2) if name != "dense"}
     assert len(keys) == len(set(keys)) and set(keys) == wanted | {("dense", 1.0, 0.0), ("paper", 0.3, 0.0)}
-    like = json.loads((tables.RESULTS / "fidelity_demo.json").read_text())["rows"][-1]
+    like = json.loads((result_tables.RESULTS / "fidelity_demo.json").read_text())["rows"][-1]
     for row in found:
         assert not set(like) - set(row)
         assert (row["clips"], row["frames"], row["steps"], row["block"]) == (1, 5, 2, "16x16")
@@ -454,31 +471,143 @@ def test_rows_are_complete_and_merged(run):
     assert all(score[name, 0.5, 0.2] > score[name, 0.5, 0.0] for name in fidelity.METHODS if name != "dense")
 
 
-def row(method, psnr, density=0.5, warmup=0.0):
+def row(method, psnr, density=0.5, warmup=0.0, **more):
     mean = sum(psnr) / len(psnr)
     return {
         "method": method, "density_target": density, "density_executed": density + 0.001, "dense_warmup": warmup,
-        "psnr": psnr, "psnr_mean": mean, "psnr_min": min(psnr), "ssim_mean": 0.9, "clips": len(psnr), "steps": 24,
-        "block": "64x64", "precision": "bf16", "frames": 16, "device": "GPU", "torch": "2.11.0", "date": "2026-11-22",
-    }  # fmt: skip
+        "psnr": psnr, "psnr_mean": mean, "psnr_min": min(psnr), "psnr_std": 1.5, "ssim_mean": 0.9,
+        "cosine_mean": 0.95, "clips": len(psnr), "steps": 24, "tokens": 3744, "scales": None, "block": "64x64",
+        "precision": "bf16", "frames": 16, "device": "GPU", "torch": "2.11.0", "date": "2026-11-22",
+    } | more  # fmt: skip
 
 
-def test_the_table_pairs_clips_with_ours(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """Sets what the tables read."""
+
+    def make(*rows):
+        monkeypatch.setattr(fidelity_tables, "rows_of", lambda name: list(rows) if name == "fidelity" else [])
+
+    return make
+
+
+def lines_of(text):
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_table_pairs_clips_with_ours(made):
     ours = row("paroattn", [30.0, 32.0, 34.0, 36.0])
     other = row("paper", [28.0, 31.0, 31.0, 34.0])  # −2, −1, −3, −2: mean −2, standard error 0.408, t 3.182
-    rows = [other, row("oracle", [31.0, 33.0]), row("radial", [32.0] * 5), ours, row("paper", [25.0] * 4, 0.3, 0.2)]
-    monkeypatch.setattr(tables, "rows_of", lambda name: rows if name == "fidelity" else [])
-    text = tables.comparison()
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert lines.index("| paroattn, 0.5 | 0.501 | 33.0 | 0.900 | 30.0 | – |") < lines.index(
-        "| paper, 0.5 | 0.501 | 31.0 | 0.900 | 28.0 | −2.0 (−3.3 … −0.7) |"
+    made(other, row("oracle", [31.0, 33.0]), row("radial", [32.0] * 5), ours, row("paper", [25.0] * 4, 0.3, 0.2))
+    text = fidelity_tables.comparison()
+    lines = lines_of(text)
+    assert lines.index("| paroattn, 0.5 | 0.501 | 33.0 ± 1.5 | 0.900 | 0.9500 | 30.0 | – |") < lines.index(
+        "| paper, 0.5 | 0.501 | 31.0 ± 1.5 | 0.900 | 0.9500 | 28.0 | −2.0 (−3.3 … −0.7) |"
     )
-    for other in ("oracle, 0.5 | 0.501 | 32.0 | 0.900 | 31.0", "radial, 0.5 | 0.501 | 32.0 | 0.900 | 32.0"):
-        assert f"| {other} | – |" in lines  # other clips cannot be paired
-    assert "| paper, 0.3 | 0.301 | 25.0 | 0.900 | 25.0 | – |" in lines
+    for other in ("oracle, 0.5 | 0.501 | 32.0 ± 1.5 | 0.900 | 0.9500 | 31.0", "radial, 0.5 | 0.501 | 32.0 ± 1.5 "):
+        assert any(line.startswith(f"| {other}") and line.endswith("| – |") for line in lines)  # other clips: no pairs
+    assert "| paper, 0.3 | 0.301 | 25.0 ± 1.5 | 0.900 | 0.9500 | 25.0 | – |" in lines
     assert text.index("no step dense") < text.index("first 20 % of the steps dense")
 
 
-def test_without_results_the_table_says_so(monkeypatch):
-    monkeypatch.setattr(tables, "rows_of", lambda name: [])
-    assert tables.comparison() == "Not measured yet.\n"
+def test_images_and_formats_have_tables_of_their_own(made):
+    made(
+        row("paroattn", [30.0, 31.0], 0.3), row("paroattn", [40.0, 41.0], 0.3, frames=1),
+        row("paroattn", [29.5, 30.9], 0.3, precision="int8"), row("dense", [90.0, 90.0], 1.0),
+        row("dense", [45.0, 47.0], 1.0, precision="int8-pv", scales="row in block"),
+    )  # fmt: skip
+    assert len(lines_of(fidelity_tables.comparison())) == 4 and "40.5" not in fidelity_tables.comparison()
+    assert len(lines_of(fidelity_tables.images())) == 3 and "2 images" in fidelity_tables.images()
+    assert lines_of(fidelity_tables.formats())[2:] == [
+        "| dense, 1 | P and V alone, one scale a row in block | 46.0 ± 1.5 | 45.0 | – |",
+        "| paroattn, 0.3 | int8 | 30.2 ± 1.5 | 29.5 | −0.3 (−2.8 … +2.2) |",
+    ]
+
+
+def test_demands_hold_ours_against_the_best_of_each_kind_and_the_oracle(made):
+    made(
+        row("paroattn", [30.0, 34.0]), row("paper", [26.0, 28.0]), row("none", [27.0, 30.0]),
+        row("radial", [28.0, 31.0]), row("local-window", [20.0, 21.0]), row("dynamic-topk", [22.0, 24.0]),
+        row("dynamic-topk+reorder", [29.0, 34.0]), row("oracle+reorder", [34.0, 36.0]),
+        row("paroattn", [25.0, 25.0], 0.3, 0.2), row("paper", [26.0, 26.0], 0.3, 0.2),
+        row("paroattn", [20.0, 20.0], 0.3, frames=1),
+    )  # fmt: skip
+    first, second = lines_of(fidelity_tables.demands())[2:]
+    assert first == (
+        "| 0.5 | 32.0 | +5.0 (−7.7 … +17.7) | +3.5 (−2.9 … +9.9) | +2.5 (−3.9 … +8.9), radial | "
+        "+0.5 (−5.9 … +6.9), dynamic-topk+reorder | 30.0, 26.0, 27.0 | 62% |"
+    )  # (32 − 27) / (35 − 27)
+    assert second == (
+        "| 0.3, the first 20 % of the steps dense | 25.0 | −1.0 (−1.0 … −1.0) | – | −1.0 (−1.0 … −1.0), paper | – | "
+        "25.0, 26.0, – | – |"
+    )
+
+
+def test_without_results_the_tables_say_so(made):
+    made()
+    for each in ("comparison", "images", "demands", "formats"):
+        assert getattr(fidelity_tables, each)() == "Not measured yet.\n"
+
+
+# Refining and rounding
+
+
+def test_a_refined_plan_is_made_once_for_each_name_and_keeps_orders_and_densities(small, tmp_path):
+    bench, statistics = small
+    refiner = Refiner(bench.pipe, statistics, bench.call, 1, 2, 2, tmp_path)
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", refiner)
+    ours = methods("paroattn", 0.3, bench.levels).plan
+    before = methods("paroattn-unrefined", 0.3, bench.levels).plan
+    assert torch.allclose(ours.phase_density(), before.phase_density())
+    for name, layer in ours.layers.items():
+        assert layer.orders == before.layers[name].orders
+    changed = [(layer.mask.bits != before.layers[name].mask.bits).any() for name, layer in ours.layers.items()]
+    assert any(changed)
+    assert [each.name for each in tmp_path.iterdir()] == [f"paroattn-0.3-{STEPS}"]
+    kept = replace(refiner, pipe=None)(before, f"paroattn-0.3-{STEPS}")  # no pipeline: it is read
+    for name, layer in ours.layers.items():
+        assert torch.equal(kept.layers[name].mask.bits, layer.mask.bits)
+
+
+def test_the_bundled_plan_is_ours_where_it_fits_and_has_the_density(small):
+    bench, statistics = small
+    other = make_plan(statistics, PlanSettings(0.4, phase_ends=(0.4, 1.0)))
+    density = executed(other, bench.levels)
+    methods = fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged, other)
+    assert methods("paroattn", density, bench.levels).plan is other
+    for name, wanted in (("paroattn", density - 0.01), ("paroattn-unrefined", density), ("paroattn-in-order", density)):
+        assert methods(name, wanted, bench.levels).plan is not other
+    elsewhere = replace(other, grid=Grid(*tuple(other.grid)[::-1]))
+    assert not fidelity.Methods(statistics, (0.4, 1.0), "fp32", unchanged)._fits(elsewhere, density, bench.levels)
+
+
+def test_the_plan_that_ships_has_the_density_that_its_row_is_asked_for():
+    plan = Plan.from_pretrained(demo.PLAN)["transformer"]
+    scheduler = demo.load_demo().scheduler
+    scheduler.set_timesteps(demo.STEPS)
+    assert executed(plan, noise_levels(scheduler)) == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("scales", [None, *rounding.SHARED])
+def test_int8_weights_share_a_scale_by_row_block_or_row_in_block(scales):
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 21, 4, generator=generator) * 2 for _ in range(3))
+    block = (8, 4)  # the last query block has 5 rows, the last key block 1 column
+    found = rounding.attended(q, k, v, block, scales)
+    if scales is not None:
+        v = (v / (top := v.abs().amax(1, keepdim=True)) * 127).round() * top / 127
+    for head in range(2):
+        s = q[head] @ k[head].mT / 2
+        p = (s - s.amax(-1, keepdim=True)).exp()
+        weights = p.clone()
+        for rows in blocks(21, 8) if scales else ():
+            for columns in blocks(21, 4):
+                part = p[rows.start : rows.stop, columns.start : columns.stop]
+                top = {
+                    "row": p[rows.start : rows.stop].amax(1, keepdim=True),
+                    "block": part.amax(),
+                    "row in block": part.amax(1, keepdim=True),
+                }[scales]
+                quantised = (part / top * 127).round() / 127 * top
+                weights[rows.start : rows.stop, columns.start : columns.stop] = quantised
+        torch.testing.assert_close(found[head], weights @ v[head] / weights.sum(-1, keepdim=True), atol=1e-5, rtol=1e-5)

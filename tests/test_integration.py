@@ -52,6 +52,7 @@ from paroattn.integration.models import ModelSpec, latent_grid, register_model, 
 from paroattn.integration.processor import planned_processor
 from paroattn.integration.schedule import noise_levels
 from paroattn.phases import Phase
+from paroattn.plan.card import model_card
 from paroattn.plan.plan import LayerPlan, Plan, PlanError
 
 contexts_know_the_step = pytest.mark.skipif(not hasattr(hooks, "CacheContext"), reason="needs diffusers 0.41")
@@ -132,16 +133,22 @@ def sdpa_seen(monkeypatch):
 
 @contextmanager
 def op_calls(monkeypatch):
-    """Collect the keyword arguments and masks that the op gets."""
+    """Collect the keyword arguments and masks that the op gets, or what heads in groups are told."""
     seen = []
-    op = backend.attention
+    op, op_by_group = backend.attention, backend.attention_by_group
 
     def watched(q, k, v, mask, **rest):
         seen.append({"mask": mask, **rest})
         return op(q, k, v, mask, **rest)
 
+    def watched_groups(q, k, v, groups, **rest):
+        named = {head: group.precision for group in groups for head in group.heads.tolist()}
+        seen.append({"precision": tuple(named[head] for head in range(q.shape[2])), **rest})
+        return op_by_group(q, k, v, groups, **rest)
+
     with monkeypatch.context() as patch:
         patch.setattr(backend, "attention", watched)
+        patch.setattr(backend, "attention_by_group", watched_groups)
         yield seen
 
 
@@ -280,7 +287,7 @@ class TestSteps:
         follow = layer.follow
         layer.follow = lambda phase, *rest: (
             follow(phase, *rest),
-            seen.append((phase, [resident._phase for resident, _ in layer._known.values()])),
+            seen.append((phase, [mask._phase for known in layer._known.values() for mask in known._masks])),
         )
         pipe(6)
         assert {phase for phase, _ in seen} == {0, 1}
@@ -295,7 +302,7 @@ class TestSteps:
             for level in (0.9, 0.1, 0.9):
                 set_noise_level(model, level)
                 forward(model)
-        expected = ["fp32", precision[1], "fp32"]
+        expected = [precision[0], precision[1], precision[0]]
         assert [call["precision"] for call in seen] == [each for each in expected for _ in plan.layers]
 
     @pytest.mark.parametrize("resets", [True, False])
@@ -784,6 +791,25 @@ class TestReport:
         found = report(model).to_dict()["transformer"]["layers"]
         assert [row["phases"][0]["impl"] for row in found.values()] == ["cpu + reference"] * 2
 
+    def test_the_share_of_the_heads_in_each_precision_is_that_of_what_is_applied(self):
+        model, plan = tiny_wan(heads=4), random_plan(heads=4, phases=TWO_PHASES)
+        each = (("int8", "int8", "int4", "int8"), ("int8", "int4", "int4", "int4"))
+        first, *others = plan.layers
+        layers = {first: replace(plan.layers[first], precision=each)}
+        layers |= {name: replace(plan.layers[name], precision=(("int8",) * 4,) * 2) for name in others}
+        plan = replace(plan, layers=layers)
+        share = sum(phase.share * heads.count("int4") / 4 for phase, heads in zip(TWO_PHASES, each, strict=True))
+        share /= len(layers)
+        assert plan.precision_shares() == pytest.approx({"int8": 1 - share, "int4": share})
+        assert f"| precision | int8 ({1 - share:.0%}), int4 ({share:.0%}) |" in model_card(Plan({"transformer": plan}))
+        apply(model, plan)
+        found = report(model)
+        assert found.to_dict()["transformer"]["precision"] == pytest.approx({"int8": 1 - share, "int4": share})
+        assert f"precision of the heads: int8 {1 - share:.0%}, int4 {share:.0%}" in str(found)
+        remove(model)
+        apply(model, plan, precision="bf16")
+        assert report(model).to_dict()["transformer"]["precision"] == {"bf16": 1.0}
+
     def test_before_the_first_call_nothing_is_claimed(self):
         model = tiny_wan()
         apply(model, random_plan())
@@ -992,6 +1018,36 @@ class TestCompilation:
         assert counters["stats"]["unique_graphs"] == 2
         assert difference(forward(compiled, **inputs), expected) < 1e-5
         assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (2, {})
+
+    @pytest.mark.parametrize(("impl", "names", "block"), [("reference", ("int4", "int8"), BLOCK),
+                                                          ("triton", ("int8", "fp16"), (64, 64))])  # fmt: skip
+    def test_layers_with_other_heads_in_int4_share_one_graph_and_follow_the_phase(self, impl, names, block):
+        layers, grid, heads = tuple(f"blocks.{index}.attn1" for index in range(3)), Grid(2, 7, 6), 6
+        plan = random_plan(layers, phases=TWO_PHASES, block=block, grid=grid, heads=heads)
+        each = [tuple(names[head % 3 == index or head < index] for head in range(heads)) for index in range(3)]
+        mixed = zip(plan.layers.items(), each, strict=True)
+        plan = replace(plan, layers={name: replace(layer, precision=(own,) * 2) for (name, layer), own in mixed})
+        assert {sum(name == "int8" for name in layer.precision[0]) for layer in plan.layers.values()} == {2, 3, 4}
+        inputs = wan_inputs(latents=(4, 2, 14, 12))
+        plain, compiled = tiny_wan(layers=3, heads=heads), tiny_wan(layers=3, heads=heads)
+        for model in (plain, compiled):
+            apply(model, plan, impl=impl)
+        compiled.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for level in (0.9, 0.1):
+                set_noise_level(plain, level)
+                set_noise_level(compiled, level)
+                assert difference(forward(compiled, **inputs), forward(plain, **inputs)) < 1e-5
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        whole: Any = hook_of(plain)
+        for layer in whole.layers.values():  # groups are kept from phase to phase; told apart, heads are the same
+            groups, operands = layer.operands.groups, layer.operands
+            assert [group.precision for group in groups] == sorted(names)
+            assert sorted(torch.cat([group.heads for group in groups]).tolist()) == list(range(heads))
+            for group in groups:
+                assert torch.equal(group.mask.bits, operands.mask.bits[group.heads])
+                assert torch.equal(group.order, operands.order[group.heads])
+                assert {operands.precision[head] for head in group.heads.tolist()} == {group.precision}
 
     @pytest.mark.parametrize("how", ["compiled in place", "wrapped"])
     def test_a_whole_model_is_one_graph_whatever_the_step(self, how):

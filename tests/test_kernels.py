@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paroattn
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import ORDERS, Grid, Layout, TextSpan
 from paroattn.kernels import attention as public
-from paroattn.kernels import cpu, library, reference
+from paroattn.kernels import cpu, four_bits, library, reference
 from paroattn.precision import Precision
 
 GRID = Grid(3, 5, 7)
@@ -109,7 +109,7 @@ def exact(case: Case) -> tuple[Tensor, Tensor]:
 
 def quantised(case: Case, qk: str, pv: str) -> tuple[Tensor, Tensor]:
     """One block after the other with an online softmax, every scale spelled out."""
-    top = {"int8": 127, "fp8": 448, "int4": 7}
+    top = {"int8": 127, "fp8": 448}
     (rows, columns), scale = case.mask.block, 1 / math.sqrt(case.q.shape[-1])
 
     def rotated(x: Tensor) -> Tensor:
@@ -127,13 +127,22 @@ def quantised(case: Case, qk: str, pv: str) -> tuple[Tensor, Tensor]:
     def one_head(q, k, v, allowed, valid):
         real = (torch.arange(len(q)) < valid)[:, None]
         mean, v = torch.zeros_like(k[0]), v * real
-        if qk in top:
+        q_hat, k_hat, v_hat = q, k, v
+        if qk in top or qk == "int4":
             mean = k[:valid:8].mean(0)
-            q_hat = torch.cat(rounded(list(rotated(q).split(1)), qk))
-            k_hat = torch.cat(rounded(list(rotated((k - mean) * real).split(1 if qk == "int4" else columns)), qk))
-        else:
-            q_hat, k_hat = q, k
-        v_hat = torch.cat(rounded(list(v.split(1, 1)), pv), 1) if pv in top else v
+            q_hat, k_hat = rotated(q), rotated((k - mean) * real)
+        if qk in top:
+            q_hat, k_hat = (torch.cat(rounded(list(x.split(size)), qk)) for x, size in ((q_hat, 1), (k_hat, columns)))
+        elif qk == "int4":
+            q_, k_, video = q_hat, k_hat, len(q) - case.text_tokens
+            q_hat, k_hat = four_bit_rows(q_, k_, valid), four_bit_keys(k_, q_[:valid], columns)
+            text = video // columns * columns if case.text_tokens else video
+            q_hat[video:] = torch.cat([*rounded(list(q_[video:].split(1)), "int8"), q_[:0]])
+            k_hat[text:] = torch.cat([*rounded(list(k_[text:].split(columns)), "int8"), k_[:0]])
+        if pv in top:
+            v_hat = torch.cat(rounded(list(v.split(1, 1)), pv), 1)
+        elif pv == "int4":
+            v_hat = four_bit_values(v)
         p_top = {"int8": 255, "fp8": 448, "int4": 15}.get(pv, 1)
         out, lse = torch.empty_like(q), torch.empty_like(q[:, 0])
         for i in range(0, len(q), rows):
@@ -148,7 +157,7 @@ def quantised(case: Case, qk: str, pv: str) -> tuple[Tensor, Tensor]:
                 new = torch.maximum(highest, s.amax(1, keepdim=True))
                 b = new if pv == "fp8" else s.amax(1, keepdim=True)
                 exact = (s - b).exp() * p_top
-                p = stored(exact, pv, p_top) if pv in top else exact
+                p = four_bit_weights(exact) if pv == "int4" else stored(exact, pv, p_top) if pv in top else exact
                 old, share = (highest - new).exp(), (b - new).exp() / p_top
                 summed = (exact if pv == "fp8" else p).sum(1, True)
                 acc, total, highest = acc * old + p @ v_hat[keys] * share, total * old + summed * share, new
@@ -157,6 +166,58 @@ def quantised(case: Case, qk: str, pv: str) -> tuple[Tensor, Tensor]:
         return out, lse
 
     return each_head(case, one_head)
+
+
+def fed_back(wanted: Tensor, other: Tensor) -> Tensor:
+    """Integers −8…7 for (n, D): 16 channels at a time from the last, the rest of a least-squares problem in those left.
+
+    Given what the channels after a group err, the group's best target is where Σ (error · other)² is least.
+    """
+    size, moments = wanted.shape[1], other.T @ other
+    moments = moments + 0.1 * moments.diagonal().mean() * torch.eye(size)
+    errors, out = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    for start in range(size - 16, -1, -16):
+        free, done = slice(0, start + 16), slice(start + 16, size)
+        best = -errors[:, done] @ torch.linalg.solve(moments[free, free], moments[free, done]).T
+        group = slice(start, start + 16)
+        out[:, group] = (wanted[:, group] + best[:, group]).round().clamp(-8, 7)
+        errors[:, group] = out[:, group] - wanted[:, group]
+    return out
+
+
+def four_bit_rows(q: Tensor, k: Tensor, valid: int) -> Tensor:
+    scale = q.abs().amax(1, keepdim=True) * 0.95 / 7
+    return fed_back(q / scale, k[:valid:16]) * scale
+
+
+def four_bit_keys(k: Tensor, real_queries: Tensor, columns: int) -> Tensor:
+    blocks = []
+    run = min(columns, 32)
+    for block in pad(k, (0, 0, 0, -len(k) % columns)).split(columns):
+        middles = [(part.amax(0) + part.amin(0)) / 2 for part in block.split(run)]
+        middle = torch.stack(middles).repeat_interleave(run, 0)
+        scale = max((block - middle).abs().max() * 0.9 / 7, middle.abs().max() / 119)
+        steps = (middle / scale).round()
+        blocks.append((steps + fed_back(block / scale - steps, real_queries[::16])) * scale)
+    return torch.cat(blocks)[: len(k)]
+
+
+def four_bit_values(v: Tensor) -> Tensor:
+    scale, out, error = v.abs().amax(0) / 7, torch.empty_like(v), torch.zeros_like(v[0])
+    for n, row in enumerate(v / scale):
+        wanted = row if n % 16 == 0 else row + 0.6 * error
+        out[n] = wanted.round().clamp(-8, 7)
+        error = wanted - out[n]
+    return out * scale
+
+
+def four_bit_weights(p: Tensor) -> Tensor:
+    """A level more wherever the rest, in sixteenths, and the place's threshold make up a whole one."""
+    thresholds = torch.tensor([[16, 8] * 4 + [14, 6] * 4, [4, 12] * 4 + [2, 10] * 4, [13, 5] * 4 + [15, 7] * 4,
+                               [1, 9] * 4 + [3, 11] * 4])  # fmt: skip
+    sixteenths = (16 * p).round().long()
+    threshold = thresholds.repeat(-(-len(p) // 4), -(-p.shape[1] // 16))[: len(p), : p.shape[1]]
+    return (sixteenths // 16 + (sixteenths % 16 >= threshold)).to(p.dtype)
 
 
 def torch_attention(case: Case, dtype: torch.dtype) -> Tensor:
@@ -392,10 +453,34 @@ def test_the_quantised_reference_equals_a_loop_over_blocks(qk, pv, block):
     assert error(out, exact(case)[0]) > 1e-3
 
 
+@pytest.mark.parametrize(("side", "text_tokens"), [("prefix", 40), ("suffix", 64)])
+def test_text_beside_a_video_in_int4_is_no_worse_than_in_int8(side, text_tokens):
+    """Text looks at the video and is looked at; what its own four bits would cost is there where nobody says it is."""
+    q, k, v = attention_like(1.0)
+    video = q.shape[1] - text_tokens
+    layout = Layout(Grid(video // 8, 2, 4), TextSpan(text_tokens, side))
+    own = layout.text_positions
+    k[:, own] += 2 * drawn(text_tokens, 2, 64)  # text has keys of its own, which the video looks at
+    q[:, own] *= 1.5
+    mask, order = BlockMask.full(2, 512, (64, 64)), torch.zeros(2, dtype=torch.int32)
+    given = {"table": layout.table(("FHW",)), "order": order}
+    expected = paroattn.attention(q, k, v, mask, **given)
+
+    def noise(precision: str, text_tokens: int, rows: Tensor | slice) -> float:
+        got = paroattn.attention(q, k, v, mask, **given, precision=precision, text_tokens=text_tokens)
+        return sqnr(got[:, rows], expected[:, rows])
+
+    known, unknown, eight = (noise(*each, own) for each in (("int4/fp64", text_tokens), ("int4/fp64", 0),
+                                                            ("int8/fp64", text_tokens)))  # fmt: skip
+    assert eight > known > unknown + 3
+    everywhere = slice(None)
+    assert noise("int4/fp64", text_tokens, everywhere) > noise("int4/fp64", 0, everywhere) + 1
+
+
 FLOORS = {  # dB at flat, middling and peaked attention
     "bf16": (62, 55, 45), "fp16": (80, 73, 62), "fp8/fp8": (40, 34, 22), "int8/fp8": (41, 37, 29),
     "int8": (53, 44, 33), "int8-qk": (60, 48, 34), "int8-pv": (54, 45, 40),
-    "int4": (29, 20, 10), "int4-qk": (38, 25, 11), "int4-pv": (29, 21, 17),
+    "int4": (33, 20, 9), "int4-qk": (38, 24, 10), "int4-pv": (35, 22, 16),
 }  # fmt: skip
 CONCENTRATIONS = (0.5, 1.0, 2.5)
 
@@ -454,6 +539,57 @@ def test_the_rotation_gains_where_a_channel_sticks_out(precision, gain, monkeypa
     monkeypatch.setattr(reference, "hadamard", lambda channels: torch.eye(channels))
     plain = sqnr(paroattn.attention(q.float(), k.float(), v.float(), mask, precision=precision), expected)
     assert rotated > plain + gain
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def rms(x: Tensor) -> float:
+    return x.pow(2).mean().sqrt().item()
+
+
+def test_errors_of_a_query_s_four_bits_hardly_matter_to_keys_of_few_directions():
+    k = drawn(512, 8) @ drawn(8, 64) + drawn(512, 64) / 4
+    q = drawn(96, 64)
+
+    def error(feedback: Tensor | None) -> float:
+        stored, scale = four_bits.round_queries(q, feedback)
+        assert torch.equal(stored, stored.round()) and stored.min() >= -8 and stored.max() <= 7
+        return rms((stored * scale - q) @ k.T)
+
+    assert error(four_bits.feedback(k[::16])) < 0.6 * error(None)
+
+
+def test_keys_that_have_a_middle_in_common_spend_their_bits_on_the_rest():
+    k = drawn(256, 64) + 5 * drawn(8, 64).repeat_interleave(32, 0)
+    stored, scale = four_bits.round_keys(k, None, 128)
+    coarse, coarse_scale = four_bits.round_keys(k, None, 128, per_middle=128)
+    assert rms(stored * scale - k) < 0.4 * rms(coarse * coarse_scale - k)
+    assert scale.unique().numel() == 2 and stored.abs().max() <= 126
+    far = torch.full((64, 64), 1e4, dtype=torch.float64) + drawn(64, 64)
+    stored, scale = four_bits.round_keys(far, None, 64)
+    assert stored.abs().max() <= 126 and rms(stored * scale - far) < 0.01 * 1e4
+
+
+def test_errors_of_neighbouring_values_cancel():
+    v = drawn(256, 64) / 4 + drawn(4, 64).repeat_interleave(64, 0)
+
+    def error(carry: float, alike: int) -> float:
+        stored, scale = four_bits.round_values(v, carry)
+        return rms((stored * scale - v).unflatten(0, (-1, alike)).mean(1))
+
+    assert error(four_bits.CARRY, 8) < 0.65 * error(0.0, 8)
+    assert error(four_bits.CARRY, 1) < 1.3 * error(0.0, 1)
+    stored, scale = four_bits.round_values(torch.full((64, 16), -0.3, dtype=torch.float64))
+    close(stored * scale, torch.full_like(stored, -0.3))
+
+
+def test_dither_keeps_what_four_rows_and_sixteen_keys_have_in_common():
+    for level in (0, 1 / 16, 0.3125, 6.5, 14.9375, 15):
+        stored = four_bits.round_weights(torch.full((8, 2, 32), level, dtype=torch.float64), 8)
+        assert set(stored.unique().tolist()) <= {math.floor(level), math.ceil(level)}
+        close(stored.unflatten(0, (-1, 4)).unflatten(-1, (-1, 16)).mean((1, -1)), torch.full((2, 2, 2), level).double())
 
 
 def test_heads_of_different_precision_run_as_if_alone():

@@ -11,9 +11,9 @@ from paroattn.capture import BlockStats, CaptureSettings, Statistics
 from paroattn.evaluation.curve_page import write_curves
 from paroattn.evaluation.plan_page import write_plan
 from paroattn.grid import Grid, Layout, TextSpan
-from paroattn.plan import search
+from paroattn.plan import cost, search
 from paroattn.plan.card import model_card
-from paroattn.plan.cost import Call, TimeUnknown, kept_blocks, rates_of
+from paroattn.plan.cost import Call, TimeUnknown, kept_blocks, rates_of, saved_by_four_bits
 from paroattn.plan.curve import Curve, OutOfReach, Prices, curve_of, error_of
 from paroattn.plan.plan import Plan
 from paroattn.plan.search import Draft, PlanSettings, make_plan, predicted_error
@@ -46,6 +46,17 @@ def statistics() -> Statistics:
     settings = CaptureSettings(orders=("FHW", "HWF"), block=BLOCK)
     weights = {level: 1000 * level for level in LEVELS}
     return Statistics(WAN, HEADS, 128, Layout(GRID), settings, layers, level_weights=weights)
+
+
+def rounded(statistics: Statistics) -> Statistics:
+    """The same with what INT8 and INT4 cost each head: least in the second, and more at high noise."""
+    costs = torch.tensor([[1e-5, 2e-6], [4e-4, 3e-5]], dtype=torch.float64)
+    layers = {
+        name: {level: replace(sums, rounding=costs * float(sums.output_power) * (1 + row) * (0.5 + level))
+               for level, sums in levels.items()}
+        for row, (name, levels) in enumerate(statistics.layers.items())
+    }  # fmt: skip
+    return replace(statistics, layers=layers)
 
 
 def _predicted(plan) -> dict:
@@ -170,8 +181,8 @@ def test_the_same_statistics_and_target_give_the_same_plan(statistics):
 
 
 def test_a_density_takes_three_looks_at_the_scores_of_each_layer_and_phase(statistics, monkeypatch):
-    seen, ranked = [], search._Maps.ranked
-    monkeypatch.setattr(search._Maps, "ranked", lambda maps, *place: seen.append(place) or ranked(maps, *place))
+    seen, ranked = [], search.Ranking.ranked
+    monkeypatch.setattr(search.Ranking, "ranked", lambda maps, *place: seen.append(place) or ranked(maps, *place))
     make_plan(statistics, PlanSettings(0.3, **QUICK))
     assert len(seen) == 3 * len(LAYERS) * len(LEVELS) and len(set(seen)) == len(LAYERS) * len(LEVELS)
 
@@ -272,3 +283,146 @@ def test_a_curve_without_times_says_why(statistics, tmp_path):
     assert "Density, error and time – transformer_2" in page
     with pytest.raises(ValueError, match=r"\.html or \.json; got 'curve.pdf'"):
         write_curves({"transformer": curve}, tmp_path / "curve.pdf")
+
+
+# Precision by head
+
+AUTO = {"precision": "auto", "orders": ("FHW", "HWF")}
+
+
+def in_int4(plan) -> torch.Tensor:
+    """(layers, heads), the same in every phase."""
+    for layer in plan.layers.values():
+        assert len(set(layer.precision)) == 1 and set(layer.precision[0]) <= {"int4", "int8"}
+    return torch.tensor([[name == "int4" for name in layer.precision[0]] for layer in plan.layers.values()])
+
+
+def rounding_of(statistics: Statistics) -> torch.Tensor:
+    """Error of INT8 and INT4 in every head, (2, layers, heads): weights times errors over the layer's power."""
+    found = torch.zeros(2, len(LAYERS), HEADS, dtype=torch.float64)
+    for row, levels in enumerate(statistics.layers.values()):
+        power = sum(float(sums.output_power) for sums in levels.values()) / len(levels)
+        for level, sums in levels.items():
+            found[:, row] += statistics.level_weights[level] * sums.rounding / power / len(levels)
+    return found
+
+
+def test_a_head_is_in_int4_where_dropping_as_many_blocks_would_cost_more(statistics):
+    statistics, shares = rounded(statistics), []
+    eight, four = rounding_of(statistics)
+    for density in (0.9, 0.4, 0.3, 0.2, 0.05):
+        draft = Draft(statistics, PlanSettings(density, gpu="sm_89", **AUTO))
+        masks = dict(draft.masks())
+        dropped = [
+            draft._ranking.ranked(name, phase)[~kept].max() for name in LAYERS for phase, kept in enumerate(masks[name])
+        ]
+        of_steps = torch.tensor([phase.share for phase in draft.phases], dtype=torch.float64)
+        blocks = torch.stack([masks[name].sum((1, 2, 3)) for name in LAYERS]).double() @ of_steps / HEADS
+        pays = four - eight < float(max(dropped)) * 0.5 * blocks[:, None]
+        assert torch.equal(draft.in_four_bits(), pays), density
+        shares.append(float(pays.double().mean()))
+    assert shares == sorted(shares) and shares[0] < shares[-1] and len(set(shares)) > 2
+
+
+def test_the_predicted_error_counts_what_rounding_costs(statistics):
+    statistics = rounded(statistics)
+    eight, four = rounding_of(statistics)
+    for settings in (PlanSettings(0.3, gpu="sm_80", **AUTO), PlanSettings(0.3, int4_share=0.5, **AUTO),
+                     PlanSettings(0.3, precision="int4", orders=("FHW", "HWF"))):  # fmt: skip
+        plan = make_plan(statistics, settings)
+        rounding = torch.where(in_int4(plan), four, eight).sum()
+        expected = float(predicted_error(statistics, plan, settings).sum() + rounding)
+        assert _predicted(plan)["error"] == pytest.approx(expected, rel=0.02)
+        assert expected > 1.05 * float(predicted_error(statistics, plan, settings).sum())
+        assert _predicted(plan)["heads_int4"] == pytest.approx(float(in_int4(plan).double().mean()))
+
+
+def test_a_target_error_is_shared_by_blocks_and_rounding(statistics):
+    statistics = rounded(statistics)
+    error = _predicted(make_plan(statistics, PlanSettings(0.3, gpu="sm_86", **AUTO)))["error"]
+    found = make_plan(statistics, PlanSettings(error=error, gpu="sm_86", **AUTO))
+    assert found.density == pytest.approx(0.3, abs=0.01) and in_int4(found).any()
+    for_int8 = Draft(statistics, PlanSettings(error=error, **AUTO))
+    assert not for_int8.in_four_bits().any() and for_int8.density < found.density
+    least = float(rounding_of(statistics)[1].sum())
+    for_int4 = Draft(statistics, PlanSettings(error=error + least, precision="int4", orders=("FHW", "HWF")))
+    assert for_int4.density == pytest.approx(Draft(statistics, PlanSettings(error=error, **QUICK)).density, abs=1e-4)
+    with pytest.raises(OutOfReach, match=f"at least {least:.3g} .* rounding alone"):
+        make_plan(statistics, PlanSettings(error=least / 2, precision="int4", orders=("FHW", "HWF")))
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "sm_90", "sm_120"])
+def test_where_int4_saves_no_time_every_head_is_in_int8_and_the_plan_says_so(statistics, gpu):
+    plan = make_plan(rounded(statistics), PlanSettings(0.05, gpu=gpu, **AUTO))
+    assert not in_int4(plan).any()
+    assert plan.made["precision"] == {
+        "int4_share": 0.0, "why": f"INT4 saves no time on {gpu}: every head is in INT8"
+    }  # fmt: skip
+    found = {}
+    for weight in (None, 0.1):
+        made = make_plan(
+            replace(rounded(statistics), rounding_weight=weight), PlanSettings(0.2, gpu="sm_89", **AUTO)
+        ).made
+        found[weight] = made["precision"]
+        assert made["precision"]["why"].startswith(
+            f"{made['precision']['int4_share']:.0%} of the heads are in INT4, of "
+        )
+    assert found[None]["int4_share"] < found[0.1]["int4_share"]
+    assert found[None]["why"].endswith("it may be more") and found[0.1]["why"].endswith("0.50 of its time on sm_89")
+    assert saved_by_four_bits("sm_86", 128, BLOCK) == 0.5 > saved_by_four_bits(gpu, 128, BLOCK) == 0.0
+
+
+def test_a_share_of_the_heads_is_that_of_those_that_lose_least(statistics):
+    statistics = rounded(statistics)
+    added = rounding_of(statistics).diff(dim=0)[0].flatten()
+    for count in (0, 1, 3, 4):
+        chosen = Draft(statistics, PlanSettings(0.3, int4_share=count / 4, **AUTO)).in_four_bits().flatten()
+        assert chosen.sum() == count
+        assert count in (0, 4) or added[chosen].max() < added[~chosen].min()
+    plan = make_plan(statistics, PlanSettings(0.3, int4_share=0.75, **AUTO))
+    assert plan.precision_shares() == pytest.approx({"int4": 0.75, "int8": 0.25})
+    assert list(plan.precision_shares()) == ["int4", "int8"] and plan.made["precision"]["int4_share"] == 0.75
+
+
+def test_times_that_were_measured_decide_and_count(statistics, monkeypatch):
+    """A GPU on which a block of INT4 takes a quarter less: plans are faster by that and no more."""
+    rates = rates_of("NVIDIA H200")
+    eight = rates.kernel(128, BLOCK, "int8")
+    four = replace(eight, block_ns=0.75 * eight.block_ns)
+    measured = replace(rates, gpu="sm_86", kernels={**rates.kernels, (128, "int4/int4", BLOCK): four})
+    monkeypatch.setattr(cost, "_packaged", lambda: {"sm_86": measured})
+    assert saved_by_four_bits("sm_86", 128, BLOCK) == pytest.approx(0.25)
+    mixed, statistics = AUTO | {"gpu": "sm_86"}, rounded(statistics)
+    drafts = [Draft(statistics, PlanSettings(0.3, int4_share=share, **mixed)) for share in (0, 1)]
+    slow, fast = (draft.curve.at(0.3).attention_ms for draft in drafts if draft.curve)
+    assert slow is not None and fast is not None
+    blocks = 0.3 * len(LAYERS) * HEADS * 142**2 * eight.block_ns * 1e-6
+    assert slow - fast == pytest.approx(0.25 * blocks, rel=0.05)
+    assert Draft(statistics, PlanSettings(0.1, **mixed)).in_four_bits().any()
+
+
+def test_statistics_without_rounding_are_refused_where_it_decides(statistics):
+    again = "must hold what INT4 costs each head.* Calibrate again"
+    for settings in (AUTO, AUTO | {"int4_share": 0.5}, {"precision": "int4", "error": 0.1}):
+        with pytest.raises(ValueError, match=again):
+            make_plan(statistics, PlanSettings(**settings))
+    assert _predicted(make_plan(statistics, PlanSettings(precision="int4")))["heads_int4"] is None
+    one_level = {name: dict(list(levels.items())[:1]) for name, levels in rounded(statistics).layers.items()}
+    mixed = {name: {**statistics.layers[name], **levels} for name, levels in one_level.items()}
+    with pytest.raises(ValueError, match=again):
+        make_plan(replace(statistics, layers=mixed), PlanSettings(**AUTO))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"int4_share": 0.5},
+        {"precision": "int8", "int4_share": 0.5},
+        {"precision": "auto", "int4_share": 1.5},
+        {"precision": "auto", "budget": "per_head"},
+        {"precision": "auto", "mask_score": "mass"},
+    ],
+)
+def test_mixtures_that_mean_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match=r"int4_share must be 0…1|precision auto needs blocks scored by output_error"):
+        PlanSettings(**bad)

@@ -59,7 +59,7 @@ def flat(case: Case, impl: str, precision: str, return_lse: bool, padded: bool) 
     launch_order = mask.launch_order if impl == "triton" else None
     return (
         case.q, case.k, case.v, mask.bits, mask.key_blocks, *mask.block, launch_order, case.table, case.order, valid,
-        precision, 0.3, return_lse, impl,
+        case.text_tokens, precision, 0.3, return_lse, impl,
     )  # fmt: skip
 
 
@@ -273,8 +273,8 @@ def test_on_a_gpu_triton_runs_by_itself(dtype, precision):
         ({"dtype": torch.float32}, {}, "no kernel computes fp32 on torch.float32 tensors. Give another precision"),
         ({"dtype": torch.float64}, {}, "no kernel computes fp64 on torch.float64"),
         ({"dtype": torch.float64}, {"precision": "int8"}, "no kernel computes int8 on torch.float64"),
-        ({}, {"precision": "int4"}, "no kernel computes int4 on torch.bfloat16"),
-        ({}, {"precision": "int8/int4"}, "no kernel computes int8/int4"),
+        ({}, {"precision": "fp8/fp8"}, "no kernel computes fp8/fp8 on torch.bfloat16"),
+        ({}, {"precision": "fp8/int4"}, "no kernel computes fp8/int4"),
         ({"dim": 136}, {}, "the head dimension must be at most 128 .* got 136"),
         ({"block": (32, 64)}, {}, "blocks must be one of 64x64, .*; got 32x64"),
         ({}, {"softmax_scale": 0.0}, r"softmax_scale must be above 0 .* got 0\.0"),
@@ -303,10 +303,10 @@ def test_on_a_cpu_the_reference_needs_no_warning_and_the_interpreter_an_order():
 @pytest.mark.parametrize(
     ("impl", "precision", "message"),
     [
-        ("triton", "int4", "triton needs tensors on a GPU, .* got int4 on torch.bfloat16 tensors on cuda:0"),
+        ("triton", "fp8/int4", "triton needs tensors on a GPU, .* got fp8/int4 on torch.bfloat16 tensors on cuda:0"),
         ("cpu", None, "cpu needs float32 tensors on a CPU .* got bf16 on torch.bfloat16 tensors on cuda:0"),
         ("auto", "fp64", "reference needs float64 tensors for precision fp64; got fp64 on torch.bfloat16"),
-        ("cuda", None, "impl must be auto or one of cpu, reference, triton; got 'cuda'"),
+        ("cuda", None, "impl must be auto or one of cpu, reference, triton, native; got 'cuda'"),
     ],
 )
 def test_what_cannot_run_on_a_gpu_is_refused(impl, precision, message):
@@ -342,7 +342,7 @@ class TestToolchain:
     @pytest.fixture(autouse=True)
     def nothing_built_yet(self, monkeypatch, tmp_path):
         toolchain.check_toolchain.cache_clear()
-        monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(knobs.build, "impl", None)
         monkeypatch.delenv("CC", raising=False)
         self.programs = {"gcc", "clang"}

@@ -9,9 +9,10 @@ import torch
 
 from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, TextSpan
-from paroattn.kernels.attention import attention
+from paroattn.kernels import attention as public
+from paroattn.kernels.attention import attention, attention_by_group
 from paroattn.kernels.planned import operands_of
-from paroattn.kernels.resident import ResidentMask
+from paroattn.kernels.resident import ResidentGroups, ResidentMask
 from paroattn.phases import Phase
 from paroattn.plan import folder, packing
 from paroattn.plan.packing import PackedMask, pack, unpack_all
@@ -139,6 +140,34 @@ def test_another_phase_is_another_object_so_that_nothing_kept_for_the_one_before
         assert torch.equal(found, attention(q, k, v, _mask()[phase], **mixed))
 
 
+def test_groups_of_heads_stay_in_the_same_memory_and_follow_the_phase():
+    mask, order = _mask(), torch.arange(HEADS, dtype=torch.int32)
+    by_phase = [["int8", "fp32"], ["int4", "fp32"], ["int8", "fp32"]]
+    groups = ResidentGroups(by_phase, mask, order, (GRID.tokens, 9), launch_order=True)
+    places = set()
+    for phase in (0, 2, 1, 0):
+        found, whole = groups.follow(phase), mask[phase].with_text(GRID.tokens, 9)
+        assert [group.precision for group in found] == ["fp32", by_phase[phase][0]]
+        for group, head in zip(found, (1, 0), strict=True):
+            assert (group.heads.tolist(), group.order.tolist()) == ([head], [head])
+            part = BlockMask(whole.bits[[head]], whole.key_blocks, whole.block)
+            assert torch.equal(group.mask.bits, part.bits)
+            assert torch.equal(group.mask.launch_order, part.launch_order)
+        places.add(tuple(group.mask.bits.data_ptr() for group in found))
+    assert len(places) == 1
+
+
+def test_a_captured_call_looks_into_the_mask_s_memory_for_some_heads(monkeypatch):
+    resident = ResidentMask(_mask(), (GRID.tokens, 0), CPU, launch_order=False, overwrite=True)
+    first = resident.follow(0)
+    kept, index = public._some_heads(first, [1])
+    resident.follow(1)
+    assert public._some_heads(first, [1])[0] is kept and not torch.equal(kept.bits, first.bits[[1]])
+    monkeypatch.setattr(public, "_capturing", lambda bits: True)
+    now, same = public._some_heads(first, [1])
+    assert torch.equal(now.bits, _mask()[1].bits[[1]]) and same is index
+
+
 def test_on_a_cpu_the_plan_s_own_memory_is_read():
     mask = _mask()
     resident = ResidentMask(mask, (GRID.tokens, 0), CPU, launch_order=False)
@@ -156,27 +185,55 @@ def test_another_host_gets_the_phase_it_asks_for():
         assert operands["mask"] is operands_of(plan, "b", phase)["mask"]
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_a_captured_call_follows_the_phase_and_nothing_waits():
-    device = torch.device("cuda")
+def _large() -> tuple[BlockMask, list[torch.Tensor]]:
+    """Masks of three phases, and q, k and v, for a GPU."""
     kept = torch.rand(3, HEADS, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
     kept |= torch.eye(8, dtype=torch.bool)
-    mask = BlockMask.from_dense(kept, (64, 64))
-    resident = ResidentMask(mask, (512, 0), device, launch_order=True)
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, 512, HEADS, 64, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(3)
-    )
-    expected = [attention(q, k, v, BlockMask(mask.bits[phase].to(device), 8, (64, 64))) for phase in range(3)]
-    attention(q, k, v, resident.follow(0))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1, 512, HEADS, 64)
+    qkv = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    return BlockMask.from_dense(kept, (64, 64)), qkv
+
+
+def _follows(phases, call, expected) -> None:
+    """A captured call gives what is expected of every phase that `phases` follows, which waits for nothing."""
+    phases(0)
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = attention(q, k, v, resident.follow(0))
+        found = call()
     for phase in (1, 2, 0):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            resident.follow(phase)
+            phases(phase)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         graph.replay()
-        assert torch.equal(found, expected[phase])
+        torch.testing.assert_close(found, expected[phase], atol=0, rtol=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_call_follows_the_phase_and_nothing_waits():
+    mask, qkv = _large()
+    resident = ResidentMask(mask, (512, 0), torch.device("cuda"), launch_order=True)
+    expected = [attention(*qkv, BlockMask(mask.bits[phase].cuda(), 8, (64, 64))) for phase in range(3)]
+    _follows(resident.follow, lambda: attention(*qkv, resident.follow(0)), expected)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_call_of_two_precisions_follows_the_phase():
+    mask, qkv = _large()
+    names, order = ("int8", "int4"), torch.zeros(HEADS, dtype=torch.int32, device="cuda")
+    table = torch.arange(512, dtype=torch.int32, device="cuda")[None]
+    resident = ResidentGroups([names] * 3, mask, order, (512, 0), launch_order=True)
+    groups = resident.follow(0)  # as captured: their memory is that of every later phase
+    expected = []
+    for phase in range(3):
+        parts = [
+            attention(*(x[:, :, [head]] for x in qkv), BlockMask(mask.bits[phase, [head]].cuda(), 8, (64, 64)),
+                      precision=name) for head, name in enumerate(names)
+        ]  # fmt: skip
+        expected.append(torch.cat(parts, 2))
+    _follows(resident.follow, lambda: attention_by_group(*qkv, groups, table=table), expected)
+    whole = ResidentMask(mask, (512, 0), torch.device("cuda"), launch_order=True)
+    _follows(whole.follow, lambda: attention(*qkv, whole.follow(0), precision=names), expected)

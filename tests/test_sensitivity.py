@@ -182,3 +182,51 @@ def test_a_clip_that_is_not_finite_is_an_error_and_leaves_the_model_alone():
         measure(pipe, measured)
     assert hook_of(pipe.transformer) is None
     assert not measured["transformer"].level_weights
+
+
+def test_int4_is_weighed_by_what_it_does_to_the_sample():
+    """The weight makes the predicted error of all heads in INT4 that of the sample; blocks weigh as they did."""
+    pipe = pipeline()
+    measured = collected(pipe)
+    measure(pipe, measured)
+    plain, statistics = dict(measured["transformer"].level_weights), measured["transformer"]
+    assert statistics.rounding_weight is None
+    runs = []
+    measure_sensitivity(
+        pipe, measured, "a", settings=replace(SETTINGS, precision="auto"), steps=STEPS, precision="fp32",
+        progress=runs.append,
+    )  # fmt: skip
+    assert len(runs) == 4 and statistics.level_weights == plain  # all blocks, two phases, INT4
+    clips = []
+    for precision in ("fp32", "int4"):
+        probing = SETTINGS.at(0.3, sensitivity=False)  # orders are those of the probes
+        everything = _limited(make_plan(statistics, probing), lambda layer, phase: False)
+        apply(pipe, Plan({"transformer": everything}), precision=precision)
+        clips.append(vars(pipe("a", STEPS, torch.Generator().manual_seed(0)))["frames"])
+        remove(pipe)
+    error = float((clips[1] - clips[0]).square().mean() / clips[0].square().mean())
+    for precision in ("int4", "auto"):
+        settings = PlanSettings(
+            1.0, phase_ends=(0.5, 1.0), precision=precision, int4_share=1 if precision == "auto" else None
+        )
+        made = make_plan(statistics, settings).made["curve"]["chosen"]
+        assert (made["error"], made["heads_int4"]) == (pytest.approx(error, rel=1e-3), 1.0)
+    assert statistics.rounding_weight != pytest.approx(1, rel=0.1)
+
+
+def test_the_weight_of_rounding_is_kept_and_an_unknown_one_counts_as_one(found, tmp_path):
+    statistics = replace(found[1], rounding_weight=0.25)
+    for each in (statistics, found[1]):
+        loaded = Statistics.load(each.save(tmp_path / str(each.rounding_weight)))
+        assert loaded.rounding_weight == each.rounding_weight
+    settings = PlanSettings(1.0, phase_ends=(0.5, 1.0), precision="int4")
+    less, more = (make_plan(each, settings).made["curve"]["chosen"]["error"] for each in (statistics, found[1]))
+    assert less == pytest.approx(more / 4)
+    path = tmp_path / "0.25" / "statistics.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"rounding_weight": -1.0}))
+    with pytest.raises(ValueError, match="weights must be above 0"):
+        Statistics.load(tmp_path / "0.25")
+    del described["rounding_weight"]  # as an earlier version wrote it
+    path.write_text(json.dumps(described))
+    assert Statistics.load(tmp_path / "0.25").rounding_weight is None

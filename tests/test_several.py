@@ -23,7 +23,9 @@ from paroattn.block_mask import BlockMask
 from paroattn.cli import main
 from paroattn.demo.prompt import EVALUATION_PROMPTS
 from paroattn.grid import Grid, Layout, TextSpan
+from paroattn.integration import ranks
 from paroattn.integration.apply import set_noise_level
+from paroattn.integration.operands import Followed
 from paroattn.integration.ranks import Ranks
 from paroattn.integration.splits import split_sequence
 from paroattn.kernels.dealing import collect, deal
@@ -83,8 +85,8 @@ def whole_and_split(name: str, heads: int) -> dict[str, float]:
     }
 
 
-def models(rank: int, names: tuple[str, ...], heads: int) -> dict[str, Any]:
-    found = {}
+def models(rank: int, names: tuple[str, ...], heads: int, parts: int) -> dict[str, Any]:
+    ranks.PARTS, found = parts, {}
     for name in names:
         try:
             found[name] = whole_and_split(name, heads)
@@ -95,12 +97,12 @@ def models(rank: int, names: tuple[str, ...], heads: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[Any]:
-    return on_ranks(2, models, SPLIT, HEADS)
+    return on_ranks(2, models, SPLIT, HEADS, 1)
 
 
 @pytest.fixture(scope="module")
 def four_ranks() -> list[Any]:
-    return on_ranks(4, models, RAGGED, 8)
+    return on_ranks(4, models, RAGGED, 8, 2)
 
 
 def check_equal(everywhere: list[Any], name: str) -> None:
@@ -118,6 +120,28 @@ def test_two_processes_compute_what_one_does(two_ranks, name):
 @pytest.mark.parametrize("name", RAGGED)
 def test_four_processes_with_unequal_parts_compute_what_one_does(four_ranks, name):
     check_equal(four_ranks, name)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_masks_orders_and_precision_are_those_of_the_heads_of_a_rank_in_every_phase(parts, rank, monkeypatch):
+    monkeypatch.setattr(ranks, "PARTS", parts)
+    plan = random_plan(phases=TWO_PHASES, heads=8, seed=3)
+    layer = replace(plan.layers["blocks.0.attn1"], precision=(("fp32", "int8") * 4, ("int8",) * 3 + ("fp32",) * 5))
+    two, order = Ranks(None, rank, 2, "", True), torch.arange(8, dtype=torch.int32)
+    table, layout = torch.zeros(8, plan.grid.tokens, dtype=torch.int32), Layout(plan.grid)
+    followed = Followed(layer, order, table, layout, torch.device("cpu"), two, launch_order=False, mixed=True)
+    for phase in (0, 1, 0):
+        found = followed.follow(phase, layer.precision[phase])
+        assert followed.follow(phase, layer.precision[phase]) is found
+        assert len(found.parts) == (0 if parts == 1 else parts)
+        dealt = two.deal(layer.mask[phase])
+        for part, heads in zip((found, *found.parts), (torch.cat(dealt, 1), *dealt), strict=False):
+            assert part.heads is not None and part.heads.equal(heads)
+            assert part.order.equal(order[heads[rank]])
+            assert part.mask.dense().equal(layer.mask[phase].dense()[heads[rank]])
+            assert part.precision == tuple(layer.precision[phase][head] for head in heads[rank])
+    assert not two.deal(layer.mask[0])[0].equal(two.deal(layer.mask[1])[0])
 
 
 def uneven_plan() -> Any:
@@ -350,12 +374,12 @@ def test_tokens_arrive_as_diffusers_splits_them(side, size):
         video, text = torch.arange(210), torch.arange(210, 233)
     streams = (text, video) if side == "prefix" else (video, text)
     pieces = [torch.cat(parts) for parts in zip(*(each.tensor_split(size) for each in streams), strict=True)]
-    ranks = Ranks(None, size - 1, size, "", True)
-    assert ranks.arrived(layout).equal(torch.cat(pieces))
-    assert ranks.sizes(layout) == tuple(map(len, pieces))
-    assert ranks.own_tokens(layout) == len(pieces[-1])
-    assert ranks.own_video(layout) == len(video.tensor_split(size)[-1])
-    assert torch.cat(pieces)[ranks.places(layout)].equal(torch.arange(233))
+    shared = Ranks(None, size - 1, size, "", True)
+    assert shared.arrived(layout).equal(torch.cat(pieces))
+    assert shared.sizes(layout) == tuple(map(len, pieces))
+    assert shared.own_tokens(layout) == len(pieces[-1])
+    assert shared.own_video(layout) == len(video.tensor_split(size)[-1])
+    assert torch.cat(pieces)[shared.places(layout)].equal(torch.arange(233))
 
 
 def test_plans_that_differ_in_anything_have_other_digests():
@@ -381,7 +405,7 @@ def test_dealt_heads_are_collected_again(batch):
     assert dealt.shape == (3, 5, batch, 2, 7)
     for rank, place in ((0, 0), (1, 1), (2, 0)):
         assert dealt[rank, :, :, place].equal(x[:, :, heads[rank, place]].transpose(0, 1))
-    assert collect(dealt, heads).equal(x)
+    assert collect(dealt, heads, torch.empty_like(x)).equal(x)
 
 
 @pytest.mark.parametrize("batch, channels", [(1, 64), (3, 40)])
@@ -401,7 +425,7 @@ def test_the_copying_kernel_does_the_same(batch, channels):
 
 def benchmark(rank: int, port: int, out: Path) -> int:
     started(rank, 2, port)
-    words = "--tiny --gpus 1 2 --precision int8 --block 32x32 --rounds 1 --depths 1 2 --out"
+    words = "--tiny --gpus 1 2 --precision int8 --block 32x32 --rounds 1 --depths 1 2 --overlap --out"
     with contextlib.redirect_stdout(io.StringIO()):
         return multi_gpu.main([*words.split(), str(out)])
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import tables
+import fidelity_tables
 import transfer
+from paroattn.capture.regrid import RegriddedStatistics, regridded
 from paroattn.demo.pipeline import load_demo
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.grid import Grid
+from paroattn.integration.calibrate import collect
+from paroattn.plan.search import PlanSettings, make_plan
 from transfer import Calibration, Case, Setting
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
@@ -48,7 +51,33 @@ def found(tmp_path_factory):
         transfer.main([*common, *folder, "--values", "3"])
         patch.setattr(transfer.Bench, "_measured", only_larger(transfer.Bench._measured))
         transfer.main([*common, *folder, "--axes", "resolution"])
+        patch.setattr(transfer, "row", None)  # there is nothing left to measure
+        transfer.main([*common, *folder, "--resume"])
     return out
+
+
+def test_statistics_that_remember_say_the_same_and_read_once(monkeypatch):
+    statistics = collect(load_demo(), CALIBRATION_PROMPTS[0], steps=2, num_frames=4, height=20, width=28)["transformer"]
+    laid, settings = regridded(statistics, Grid(5, 5, 9)), PlanSettings(0.6)
+    wanted, asked, mean = make_plan(laid, settings), [], RegriddedStatistics.mean
+
+    def counted(self, *question):
+        asked.append(question)
+        return mean(self, *question)
+
+    monkeypatch.setattr(RegriddedStatistics, "mean", counted)
+    memory = transfer.remembered(laid)
+    layer = next(iter(memory.layers))
+    memory.mean(layer, "error").zero_()  # whoever asks may change what he gets
+    counts = []
+    for _ in range(2):
+        found = make_plan(memory, settings)
+        assert found.made == wanted.made and found.layers.keys() == wanted.layers.keys()
+        for name, layer in found.layers.items():
+            assert torch.equal(layer.mask.bits, wanted.layers[name].mask.bits)
+            assert layer.orders == wanted.layers[name].orders
+        counts.append(len(asked))
+    assert counts[0] == counts[1] == len({str(question) for question in asked}) > 0
 
 
 def test_every_case_becomes_a_row_with_both_plans_at_one_density(found):
@@ -70,14 +99,14 @@ def test_every_case_becomes_a_row_with_both_plans_at_one_density(found):
 def test_the_cases_are_those_of_the_table():
     found = transfer.cases()
     assert {case.axis for case in found} == set(transfer.AXES)
-    assert {case.value for case in found if case.axis == "steps"} == {4, 8, 12, 24, 50}
+    assert {case.value for case in found if case.axis == "steps"} == {4, 8, 12, 24, 50, "4, distilled"}
     for case in found:
         assert not set(case.plan.prompts) & set(EVALUATION_PROMPTS)
         assert case.plan.at == Setting() and case.plan.steps == 10
         if case.axis in ("steps", "guidance", "finetune", "resolution"):
             assert case.own.at == case.setting and case.own.prompts == CALIBRATION_PROMPTS
         if case.axis == "steps":
-            assert case.own.steps == case.setting.steps == case.value
+            assert case.own.steps == case.setting.steps == int(str(case.value).partition(",")[0])
         if case.axis == "resolution":
             assert case.value == str(case.setting.grid) + ", masks alone" * case.masks_alone
             assert case.setting.grid != Grid(16, 13, 18)
@@ -137,12 +166,12 @@ def test_the_table_pairs_both_plans_and_the_two_numbers_of_prompts(monkeypatch):
     rows = [
         made("prompt", "calibrated on 2", [24.0, 26.0], [25.0, 27.0]),
         made("prompt", "calibrated on 16", [24.5, 26.1], [25.0, 27.0]),
-        made("finetune", "distilled to 4 steps", [30.0, 20.0], [31.0, 21.0], {"psnr_student": 20.25}),
+        made("steps", "4, distilled", [30.0, 20.0], [31.0, 21.0], {"psnr_student": 20.25}),
     ]
-    monkeypatch.setattr(tables, "rows_of", lambda name: rows)
-    text = tables.transfer()
+    monkeypatch.setattr(fidelity_tables, "rows_of", lambda name: rows)
+    text = fidelity_tables.transfer()
     assert "| prompt: calibrated on 2, 0.3 | 0.290 | 25.0 | 24.0 | 26.0 | 1.00 [0.50, 1.50] |" in text
     assert "16 prompts instead of two: at 0.3 0.30 dB." in text
-    assert text.index("calibrated on 16") < text.index("distilled to 4")
-    monkeypatch.setattr(tables, "rows_of", lambda name: [])
-    assert tables.transfer() == tables.NOTHING
+    assert text.index("calibrated on 16") < text.index("4, distilled")
+    monkeypatch.setattr(fidelity_tables, "rows_of", lambda name: [])
+    assert fidelity_tables.transfer() == fidelity_tables.NOTHING

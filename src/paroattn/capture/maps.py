@@ -23,7 +23,8 @@ from .codes import decode, encode, heaviest, spread
 from .measured import BlockStats
 
 TENSORS = ("mass", "error", "sparse_share", "incoherence", "output_power")
-PLAIN = ("sparse_share", "incoherence", "output_power", "rows")
+PLAIN = ("sparse_share", "incoherence", "output_power", "rows", "rounding")
+OPTIONAL = ("rows", "rounding")
 SUFFIX = ".safetensors"
 SCRATCH = ".new"
 
@@ -34,8 +35,9 @@ class MemoryMaps(dict[str, Any]):
     def put(self, layer: str, level: float, sums: BlockStats, units: Sequence[str] = ()) -> None:
         """Keep the sums of a layer at a noise level instead of those before."""
         kept = {name: getattr(sums, name).cpu() for name in TENSORS}
-        rows = None if sums.rows is None else sums.rows.cpu()
-        self.setdefault(layer, {})[level] = BlockStats(**kept, calls=sums.calls, rows=rows)
+        optional = {name: getattr(sums, name) for name in OPTIONAL if getattr(sums, name) is not None}
+        optional = {name: tensor.cpu() for name, tensor in optional.items()}
+        self.setdefault(layer, {})[level] = BlockStats(**kept, calls=sums.calls, **optional)
 
     def units(self, layer: str, level: float) -> tuple[str, ...]:
         """Names of the calls that were added; not known in memory."""
@@ -89,6 +91,10 @@ class StoredStats:
     @property
     def rows(self) -> Tensor | None:
         return self._read("rows") if "rows" in self._sums else None
+
+    @property
+    def rounding(self) -> Tensor | None:
+        return self._read("rounding").clone() if "rounding" in self._sums else None
 
     @cached_property
     def sparse_share(self) -> Tensor:

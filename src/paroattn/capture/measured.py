@@ -6,6 +6,9 @@ from torch import Tensor
 
 from ..grid import ORDERS, check_order
 
+ROUNDED = ("int8", "int4")
+"""Precisions whose rounding errors are measured."""
+
 
 @dataclass(frozen=True)
 class CaptureSettings:
@@ -19,6 +22,8 @@ class CaptureSettings:
         paper: Also measure what the paper's order score needs.
         codes: Keep the output error of a block as a logarithm in 8 bits, and of each row's masses the largest alone.
         whole_mass: With codes, keep every block's mass in 8 bits too, for plans that go by mass.
+        rounding: Also measure, on one map of each layer and noise level, what INT8 and INT4 cost each head, for plans
+            that choose between them.
     """
 
     orders: tuple[str, ...] = ORDERS
@@ -28,6 +33,7 @@ class CaptureSettings:
     paper: bool = True
     codes: bool = False
     whole_mass: bool = False
+    rounding: bool = True
 
     def __post_init__(self):
         if not self.orders or len(set(self.orders)) != len(self.orders):
@@ -54,6 +60,8 @@ class BlockStats:
         output_power: Σ over heads and all rows of ‖o_r W_o‖²; of a sample, estimated from its rows.
         calls: How many maps were summed.
         rows: Query blocks that were measured, (S,), rising; None: all.
+        rounding: Squared output error that rounding causes in each precision of `ROUNDED`, (precisions, H); of the
+            first map alone. None: not measured.
     """
 
     mass: Tensor
@@ -63,3 +71,4 @@ class BlockStats:
     output_power: Tensor
     calls: int
     rows: Tensor | None = None
+    rounding: Tensor | None = None

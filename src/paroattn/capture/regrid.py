@@ -94,6 +94,10 @@ class RegriddedStatistics(Statistics):
         found = self.measured.mean(layer, name, levels, device)
         return self._laid(layer, found) if found.ndim == 4 else found
 
+    def rounding(self, layer: str, levels: Sequence[float] | None = None) -> Tensor | None:
+        """As measured: what a head's rounding costs, over what its layer puts out, is taken to be the same here."""
+        return self.measured.rounding(layer, levels)
+
     def heaviest(self, layer: str, levels: Sequence[float] | None = None, device: torch.device | str = "cpu") -> Tensor:
         """As `Statistics.heaviest`: the key block that most pairs of a row find to have been the heaviest."""
         places = self.measured.heaviest(layer, levels, device)
@@ -135,7 +139,8 @@ def regridded(statistics: Statistics, grid: Grid) -> Statistics:
 
 
 _SAME = (
-    "model_class", "heads", "head_dim", "settings", "layers", "made", "chosen", "level_weights", "layer_weights"
+    "model_class", "heads", "head_dim", "settings", "layers", "made", "chosen", "level_weights", "layer_weights",
+    "rounding_weight",
 )  # fmt: skip
 
 

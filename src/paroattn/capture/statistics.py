@@ -48,6 +48,7 @@ class Statistics:
             a single order.
         level_weights: By noise level, how much an error there matters for the finished sample; empty if unknown.
         layer_weights: By module path, likewise, as a factor on that.
+        rounding_weight: The same for errors of rounding, as a factor on both; None if unknown.
     """
 
     model_class: str
@@ -60,6 +61,7 @@ class Statistics:
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     level_weights: dict[float, float] = field(default_factory=dict)
     layer_weights: dict[str, float] = field(default_factory=dict)
+    rounding_weight: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.layers, FolderMaps):
@@ -155,16 +157,18 @@ class Statistics:
             block_stride=self.settings.block_stride,
             block_offset=list(levels).index(level) if level in levels else len(levels),
             paper=self.settings.paper,
+            rounding=self.settings.rounding and level not in levels,
             **({"order": self._order(layer)} if self.chosen else {}),
         )
         new = {name: getattr(measured, name).float() for name in TENSORS}
         if not all(bool(new[name].isfinite().all()) for name in MAPS):
             raise ValueError(f"{layer}: what is measured must be finite; got NaN or infinity at noise level {level}")
-        before = levels.get(level)
+        before, rounding = levels.get(level), measured.rounding
         if before is not None:
             new = {name: _part(before, name, part.device) + part for name, part in new.items()}
+            rounding = before.rounding
         calls = measured.calls + (before.calls if before else 0)
-        sums = BlockStats(**new, calls=calls, rows=measured.rows if self._sampled else None)
+        sums = BlockStats(**new, calls=calls, rows=measured.rows if self._sampled else None, rounding=rounding)
         self._maps.put(layer, level, sums, units)
 
     def units(self, layer: str, noise_level: float) -> tuple[str, ...]:
@@ -216,6 +220,15 @@ class Statistics:
         for each in sums[1:]:
             total += _part(each, name, device).div_(each.calls)
         return total.div_(len(sums))
+
+    def rounding(self, layer: str, levels: Sequence[float] | None = None) -> Tensor | None:
+        """Squared output error that each precision of `ROUNDED` causes, (precisions, H), mean over noise levels.
+
+        None if that was not measured at all of them.
+        """
+        sums = self._measured(layer, levels)
+        found = [each.rounding for each in sums if each.rounding is not None]
+        return torch.stack(found).mean(0) if len(found) == len(sums) else None
 
     def heaviest(self, layer: str, levels: Sequence[float] | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Key block of the largest mean mass of each row, (orders, H, Nq)."""
@@ -314,6 +327,7 @@ class Statistics:
             "chosen": {name: list(orders) for name, orders in self.chosen.items()},
             "level_weights": {repr(level): weight for level, weight in self.level_weights.items()},
             "layer_weights": self.layer_weights,
+            "rounding_weight": self.rounding_weight,
             "made": self.made,
         }
         write_whole(folder / DESCRIPTION, (json.dumps(described, indent=1) + "\n").encode())
@@ -322,6 +336,7 @@ class Statistics:
     def _from(cls, described: Mapping[str, Any], folder: Path) -> "Statistics":
         settings = dict(described["settings"])
         settings |= {"orders": tuple(settings["orders"]), "block": parse_block(settings["block"])}
+        settings.setdefault("rounding", False)  # statistics of an earlier version were measured without
         statistics = cls(
             model_class=described["model_class"],
             heads=described["heads"],
@@ -332,8 +347,10 @@ class Statistics:
             chosen={name: tuple(orders) for name, orders in described["chosen"].items()},
             level_weights={float(level): weight for level, weight in described["level_weights"].items()},
             layer_weights=dict(described["layer_weights"]),
+            rounding_weight=described.get("rounding_weight"),
         )
-        for weight in (*statistics.level_weights.values(), *statistics.layer_weights.values()):
+        own = () if statistics.rounding_weight is None else (statistics.rounding_weight,)
+        for weight in (*statistics.level_weights.values(), *statistics.layer_weights.values(), *own):
             if not 0 < weight < math.inf:
                 raise ValueError(f"weights must be above 0 and finite; got {weight}")
         statistics.layers = FolderMaps(folder / MAPS_FOLDER, described["layers"], **statistics._format)

@@ -118,13 +118,26 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         return _carry(args, settings, grid)
     measured = load_statistics(args.plan / STATISTICS)
     if not args.precision:
-        layers = next(iter(Plan.from_pretrained(args.plan).values())).layers
-        settings = replace(settings, precision=next(iter(layers.values())).precision[0][0])
+        settings = replace(settings, **_precision_of(Plan.from_pretrained(args.plan)))
     if grid is not None:
         measured = {name: regridded(each, grid) for name, each in measured.items()}
     curves = {} if args.curve is None else _show_curves(measured, settings, args)
     plan = {} if args.out is None else _write_plan(measured, settings, args.out, carried=grid is not None)
     return plan if args.curve is None else plan | {"curves": curves}
+
+
+def _precision_of(plan: Any) -> dict[str, Any]:
+    """Settings for heads in the precision of a plan's; chosen anew where heads differ."""
+    from ..plan.mixing import AUTO
+
+    part = next(iter(plan.values()))
+    made = part.made.get("settings", {})
+    if made.get("precision") == AUTO:
+        return {"precision": AUTO, "int4_share": made.get("int4_share")}
+    if len(part.precision_shares()) > 1:
+        names = ", ".join(part.precision_shares())
+        raise ValueError(f"heads of the plan have several precisions, {names}; give one with --precision, or {AUTO}")
+    return {"precision": next(iter(part.precision_shares()))}
 
 
 def _show_curves(measured: dict[str, Any], settings: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -193,6 +206,9 @@ def _write_plan(measured: dict[str, Any], settings: Any, out: Path, *, carried: 
     from ..plan.search import make_plan
 
     plan = Plan({name: make_plan(each, settings) for name, each in measured.items()})
+    for name, part in plan.items():
+        if "precision" in part.made:
+            say(f"{name}: {part.made['precision']['why']}")
     if not carried:
         return _keep(plan, measured, out)
     plan.save_pretrained(out)
@@ -280,11 +296,11 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan_settings(args: argparse.Namespace) -> Any:
-    from ..plan.cost import rates_of
+    from ..plan.cost import check_gpu
     from ..plan.curve import error_of
     from ..plan.search import PHASE_ENDS, PlanSettings
 
-    rates_of(args.gpu)
+    check_gpu(args.gpu)
     return PlanSettings(
         density=args.density,
         error=args.error if args.snr is None else error_of(args.snr),
@@ -296,6 +312,7 @@ def _plan_settings(args: argparse.Namespace) -> Any:
         orders=tuple(args.orders) if args.orders else None,
         phase_ends=tuple(args.phase_ends or PHASE_ENDS),
         precision=args.precision,
+        int4_share=args.int4_share,
     )
 
 
@@ -314,6 +331,7 @@ def _describe(plan: Any) -> dict[str, Any]:
             "grid": str(part.grid),
             "block": "x".join(map(str, part.block)),
             "density": part.density,
+            "precision": part.precision_shares(),
             "predicted": (curve_of(part.made) or {}).get("chosen"),
             "phases": [vars(phase) for phase in part.phases],
             "layers": {

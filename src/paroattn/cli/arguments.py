@@ -73,7 +73,11 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--seed", type=int, default=0, help="seed of the clips; calibration counts up from it (default: %(default)s)"
     )
-    sub.add_argument("--precision", help="such as int8, bf16 or int8/fp8 (default: the plan's, or the model's dtype)")
+    sub.add_argument(
+        "--precision",
+        help="such as int8, int4, bf16 or int8/fp8; to calibrate also auto: INT4 where it pays on --gpu, "
+        "INT8 in the others (default: the plan's, or the model's dtype)",
+    )
 
 
 def _prompts_arguments(sub: argparse.ArgumentParser) -> None:
@@ -114,7 +118,11 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
         "--curve", nargs="?", const="", metavar="FILE",
         help="show density, predicted error and predicted time; also as .html or .json",
     )  # fmt: skip
-    sub.add_argument("--precision", help="precision of every head (default: as in the plan)")
+    sub.add_argument(
+        "--precision",
+        help="precision of every head, such as int8, int4, bf16 or int8/fp8, or auto: INT4 in the heads in which it "
+        "pays on --gpu, INT8 in the others (default: as in the plan)",
+    )
     sub.add_argument(
         "--grid", metavar="FxHxW",
         help="make the plan for this grid of tokens, from statistics of the other; what that loses is not measured",
@@ -129,7 +137,14 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--speedup", type=float, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
     )
-    sub.add_argument("--gpu", default="NVIDIA H200", help="where times are predicted (default: %(default)s)")
+    sub.add_argument(
+        "--gpu", default="NVIDIA H200",
+        help="where times are predicted, or an architecture such as sm_89 for --precision auto (default: %(default)s)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--int4-share", type=float, metavar="SHARE",
+        help="with --precision auto: how many of the heads are in INT4, 0 to 1, those that are predicted to lose least",
+    )  # fmt: skip
     sub.add_argument("--order-score", default="output_error", help="none, paper, mass or output_error")
     sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
     sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")

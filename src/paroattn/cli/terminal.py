@@ -23,7 +23,7 @@ from rich.table import Table
 
 def plan_table(name: str, part: Any) -> Table:
     """One transformer's plan: orders and density of every layer."""
-    precisions = sorted({name for layer in part.layers.values() for heads in layer.precision for name in heads})
+    precisions = [f"{name} ({share:.0%} of heads)" for name, share in part.precision_shares().items()]
     size = "×".join(map(str, part.block))
     title = f"{name}: {part.model_class}, grid {part.grid}, blocks of {size}\ndensity {part.density:.3f}"
     table = Table(title=f"{title}, precision {', '.join(precisions)}", title_justify="left")
@@ -32,12 +32,17 @@ def plan_table(name: str, part: Any) -> Table:
     for index, phase in enumerate(part.phases):
         table.add_column(f"phase {index}\nσ≥{phase.lowest_noise:.2f}", justify="right", no_wrap=True)
     table.add_column("heads", justify="right", no_wrap=True)
+    mixed = len(precisions) > 1
+    if mixed:
+        table.add_column("precision (heads)")
     for path, layer in part.layers.items():
         density = layer.mask.head_density()
         orders = ", ".join(f"{order} {count}" for order, count in Counter(layer.orders).most_common())
         heads = density.mean(0)
         phases = [f"{value:.2f}" for value in density.mean(1).tolist()]
-        table.add_row(path, orders, *phases, f"{heads.min():.2f}–{heads.max():.2f}")
+        formats = Counter(name for each in layer.precision for name in each)
+        each = ", ".join(f"{name} {count / len(part.phases):g}" for name, count in formats.most_common())
+        table.add_row(path, orders, *phases, f"{heads.min():.2f}–{heads.max():.2f}", *([each] if mixed else []))
     return table
 
 

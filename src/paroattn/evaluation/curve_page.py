@@ -60,13 +60,13 @@ def curve_section(curve: Mapping[str, Any], of: str = "") -> Markup:
 def columns_of(curve: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Keys and headings of what is known along a curve."""
     ahead = [("density", "density"), ("error", "error"), ("snr_db", "dB"), ("attention_ms", "attention ms")]
-    known = [*ahead, *TIMES.items()]
-    return [(key, head) for key, head in known if any(point[key] is not None for point in curve["points"])]
+    known = [*ahead, *TIMES.items(), ("heads_int4", "heads in INT4")]
+    return [(key, head) for key, head in known if any(point.get(key) is not None for point in curve["points"])]
 
 
 def cell(key: str, value: float | None) -> str:
     """A number of a curve in words."""
-    forms = {"density": ".3f", "error": ".1e", "snr_db": ".1f", "attention_ms": ".4g"}
+    forms = {"density": ".3f", "error": ".1e", "snr_db": ".1f", "attention_ms": ".4g", "heads_int4": ".0%"}
     if value is None:
         return "∞" if key == "snr_db" else "–"
     return f"{value:.2f}×" if key in TIMES else format(value, forms[key]).replace("0.0e+00", "0").replace("-", "−")

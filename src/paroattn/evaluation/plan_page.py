@@ -42,7 +42,7 @@ def write_plan(
     path = check_file(path)
     header = tag("header", tag("h1", title), *(tag("p", _described(part)) for part in plan.values()))
     return write_page(
-        path, title, [header, _of_each(plan, (_curve, _orders, _densities, partial(_masks, phase=phase)))]
+        path, title, [header, _of_each(plan, (_curve, _orders, _densities, _precisions, partial(_masks, phase=phase)))]
     )
 
 
@@ -103,7 +103,7 @@ def draw_plan(plan: TransformerPlan, *, phase: int = 0) -> Image.Image:
 
 def plan_sections(plan: Mapping[str, TransformerPlan]) -> Markup:
     """The curve where it is known, orders, densities and folded masks of every component."""
-    return _of_each(plan, (_curve, _orders, _densities, _masks_folded))
+    return _of_each(plan, (_curve, _orders, _densities, _precisions, _masks_folded))
 
 
 _PlanSection = Callable[[TransformerPlan, str], Markup]
@@ -175,6 +175,19 @@ def _density_cell(mean: Tensor, phases: Tensor, top: Tensor) -> Markup:
     return tag("td", f"{100 * float(mean):.0f}", class_="density", style=level, title=by_phase)
 
 
+def _precisions(plan: TransformerPlan, of: str) -> Markup:
+    """Empty where all heads have one precision."""
+    shares = plan.precision_shares()
+    if len(shares) == 1:
+        return join([])
+    cells = [
+        [tag("td", ", ".join(dict.fromkeys(each)), class_="order") for each in zip(*layer.precision, strict=True)]
+        for layer in plan.layers.values()
+    ]
+    lead = ", ".join(f"{percent(share)} of the heads in {name}" for name, share in shares.items())
+    return section(f"Precision{of}", f"{lead}.", _by_head(plan, cells, "Precision of each head, high noise first"))
+
+
 def _masks(plan: TransformerPlan, of: str, phase: int = 0) -> Markup:
     smallest, largest = THUMBNAIL
     side = max(smallest, min(largest, int((MASKS_PIXELS / (plan.heads * len(plan.layers))) ** 0.5)))
@@ -210,7 +223,9 @@ def _by_head(plan: TransformerPlan, cells: Iterable[Iterable[Markup]], caption: 
 def _described(plan: TransformerPlan) -> str:
     shape = f"{len(plan.layers)} layers × {plan.heads} heads × {plural(len(plan.phases), 'phase')}"
     size = f"grid {times(str(plan.grid))}, blocks of {_block(plan)} tokens"
-    return f"{plan.model_class}: {shape}, {size}, {percent(plan.density)} of the blocks kept"
+    shares = plan.precision_shares()
+    formats = ", ".join(name if len(shares) == 1 else f"{percent(share)} {name}" for name, share in shares.items())
+    return f"{plan.model_class}: {shape}, {size}, {percent(plan.density)} of the blocks kept, heads in {formats}"
 
 
 def _block(plan: TransformerPlan) -> str:

@@ -7,7 +7,7 @@ the slot of `parallel_config`, which diffusers passes on unread; a call without 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import diffusers
@@ -16,14 +16,13 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..block_mask import BlockMask
 from ..grid import Layout, TextSpan
-from ..kernels.attention import attention, what_runs
+from ..kernels.attention import attention, attention_by_group, what_runs
 from ..kernels.presence import attention_with_presence
-from ..kernels.resident import ResidentMask
 from ..plan.plan import LayerPlan
 from ..precision import Precision
-from .exchange import to_heads, to_tokens
+from .exchange import by_parts, to_heads, to_tokens
+from .operands import Followed, Operands, Precisions
 from .ranks import Ranks
 
 NAME = "paro"
@@ -71,29 +70,6 @@ class Owner(Protocol):
     def table(self, layout: Layout, device: torch.device) -> Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
-    """What a layer hands to the operation besides q, k and v; of several ranks, each those of its own heads.
-
-    Attributes:
-        mask: Kept blocks of the whole sequence.
-        table: Gather tables of the plan's orders, shared by all layers.
-        order: Row of `table` for each head, (H,).
-        precision: One name if all heads agree, else one per head.
-        heads: Heads of every rank, (ranks, heads of each); None for one process, as `places`.
-        sizes: Tokens of every rank.
-        places: Where the model's positions lie after the exchange, (tokens,).
-    """
-
-    mask: BlockMask
-    table: Tensor
-    order: Tensor
-    precision: Precision | str | tuple[str, ...]
-    heads: Tensor | None = None
-    sizes: tuple[int, ...] = ()
-    places: Tensor | None = None
-
-
 class Layer:
     """One planned self-attention: its part of the plan, and what became of its calls.
 
@@ -131,7 +107,7 @@ class Layer:
         self.operands: Operands | None = None
         self.faster_dense, self.why_dense = False, ""
         self.ran: dict[int, str] = {}
-        self._known: dict[tuple[TextSpan, torch.device], tuple[ResidentMask, Operands]] = {}
+        self._known: dict[tuple[TextSpan, torch.device], Followed] = {}
 
     def sees(self, layout: Layout) -> Layout:
         """The part of a call's sequence that reaches this layer."""
@@ -145,13 +121,11 @@ class Layer:
         if key not in self._known:
             if len(self._known) >= LAYOUTS_KEPT:
                 self._known.clear()
-            self._known[key] = self._first(phase, layout, device)
-        resident, operands = self._known[key]
-        mask = resident.follow(phase)
-        if operands.mask is not mask:
-            changed = {"mask": mask, "precision": self.precision(phase)} | self._dealt(phase, layout, device)
-            operands = replace(operands, **changed)
-            self._known[key] = resident, operands
+            self._known[key] = Followed(
+                self.plan, self.order, self.owner.table(layout, device), layout, device, self.owner.ranks,
+                launch_order=device.type == "cuda" or self.owner.impl == "triton", mixed=not self.owner.precision,
+            )  # fmt: skip
+        operands = self._known[key].follow(phase, self.precision(phase))
         self.operands, self._followed = operands, (phase, layout)
         return operands
 
@@ -164,46 +138,11 @@ class Layer:
         """Drop what was made for other ranks."""
         self._known.clear()
 
-    def precision(self, phase: int) -> Precision | str | tuple[str, ...]:
+    def precision(self, phase: int) -> Precisions:
         """Precision of a phase: one name if all heads agree, else one per head."""
         assert self.plan is not None
         heads = self.plan.precision[phase]
         return self.owner.precision or (heads[0] if len(set(heads)) == 1 else heads)
-
-    def _first(self, phase: int, layout: Layout, device: torch.device) -> tuple[ResidentMask, Operands]:
-        assert self.plan is not None and self.order is not None
-        ordered = device.type == "cuda" or self.owner.impl == "triton"
-        tokens = layout.grid.tokens, layout.text.tokens
-        resident = ResidentMask(self._own_masks(), tokens, device, launch_order=ordered)
-        mask, table, order = resident.follow(phase), self.owner.table(layout, device), self.order.to(device)
-        first = Operands(mask, table, order, self.precision(phase))
-        return resident, replace(first, **self._dealt(phase, layout, device))
-
-    def _own_masks(self) -> BlockMask:
-        """Masks of all phases, of several ranks those of its own heads."""
-        assert self.plan is not None
-        mask, ranks = self.plan.mask, self.owner.ranks
-        if ranks is None:
-            return mask
-        own = (ranks.deal(mask[phase])[ranks.rank] for phase in range(len(mask.bits)))
-        bits = torch.stack([bits[heads.to(bits.device)] for bits, heads in zip(mask.bits, own, strict=True)])
-        return BlockMask(bits, mask.key_blocks, mask.block)
-
-    def _dealt(self, phase: int, layout: Layout, device: torch.device) -> dict[str, Any]:
-        """What differs on one of several ranks."""
-        assert self.plan is not None and self.order is not None
-        ranks, precision = self.owner.ranks, self.precision(phase)
-        if ranks is None:
-            return {}
-        dealt = ranks.deal(self.plan.mask[phase])
-        own = dealt[ranks.rank]
-        return {
-            "order": self.order[own].to(device),
-            "precision": tuple(precision[head] for head in own.tolist()) if isinstance(precision, tuple) else precision,
-            "heads": dealt.to(device),
-            "sizes": ranks.sizes(layout),
-            "places": ranks.places(layout).to(device),
-        }
 
 
 def attend(
@@ -242,21 +181,17 @@ def attend(
         return _all_blocks(dense, layer, layout, attn_mask)
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
     operands = layer.operands_on(query.device)
-    if ranks is None or operands.heads is None or operands.places is None:
-        out = _follow(layer, layout, operands, query, key, value, attn_mask, scale)
-    else:
-        attn_mask = None if attn_mask is None else ranks.whole_mask(attn_mask, operands.sizes, operands.places)
-        shared = to_heads(query, key, value, operands.heads, operands.sizes, ranks.group)
-        out = _follow(layer, layout, operands, *shared, attn_mask, scale)
-        out = to_tokens(out, operands.heads, operands.sizes, query.shape[1], ranks.group)
+    run = _follow if ranks is None else functools.partial(_follow_shared, ranks)
+    out = run(layer, layout, operands, query, key, value, attn_mask, scale)
     if counting:
         assert call.phase is not None
         layer.sparse_calls[call.phase, layout.text.tokens] += 1
         if call.phase not in layer.ran:
             some = query[:, :, : operands.mask.heads]
             layer.ran[call.phase] = what_runs(
-                some, operands.mask, precision=operands.precision, softmax_scale=scale, impl=layer.owner.impl
-            )
+                some, operands.mask, precision=operands.precision, softmax_scale=scale,
+                text_tokens=layout.text.tokens, impl=layer.owner.impl,
+            )  # fmt: skip
     return out
 
 
@@ -268,6 +203,25 @@ def _all_blocks(dense: Callable[..., Tensor], layer: Layer, layout: Layout | Non
     if attn_mask is not None and layout is not None and attn_mask.dtype == torch.bool:
         attn_mask = ranks.arrived_mask(attn_mask, layout)
     return dense(attn_mask=attn_mask, backend=_dense_backend(layer), parallel_config=ranks.config)
+
+
+def _follow_shared(
+    ranks: Ranks, layer: Layer, layout: Layout, operands: Operands, query: Tensor, key: Tensor, value: Tensor,
+    attn_mask: Tensor | None, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention by the plan of a sequence that several ranks share: tokens go where their heads are, and back."""
+    assert operands.heads is not None and operands.places is not None
+    own, sizes, group = query.shape[1], operands.sizes, ranks.group
+    attn_mask = None if attn_mask is None else ranks.whole_mask(attn_mask, sizes, operands.places)
+
+    def follow(part: Operands, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _follow(layer, layout, part, q, k, v, attn_mask, scale)
+
+    if operands.parts and not torch.compiler.is_compiling():
+        parts = [(part.heads, functools.partial(follow, part)) for part in operands.parts if part.heads is not None]
+        return by_parts(query, key, value, parts, sizes, group)
+    shared = to_heads(query, key, value, operands.heads, sizes, group)
+    return to_tokens(follow(operands, *shared), operands.heads, sizes, own, group)
 
 
 def _follow(
@@ -292,6 +246,11 @@ def _follow(
             query, key, value, operands.mask, functools.partial(call.presence, layer.name, call.phase),
             table=operands.table, order=operands.order, text_tokens=layout.text.tokens,
             valid_text=_valid_text(layout, attn_mask), softmax_scale=scale,
+        )  # fmt: skip
+    if operands.groups:
+        return attention_by_group(
+            query, key, value, operands.groups, table=operands.table, text_tokens=layout.text.tokens,
+            valid_text=_valid_text(layout, attn_mask), softmax_scale=scale, impl=layer.owner.impl,
         )  # fmt: skip
     out: Any = attention(
         query, key, value, operands.mask, table=operands.table, order=operands.order,

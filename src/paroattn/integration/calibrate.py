@@ -67,7 +67,8 @@ def calibrate(
         prompts: Calibration prompts.
         density: Kept video blocks over all, above 0 and at most 1; the target of `settings`, 0.25, by default.
         steps: Steps of the calibration schedule.
-        precision: Precision of every head; that of `settings`, or the transformer's own dtype, by default.
+        precision: Precision of every head, or "auto" for INT4 or INT8 in each; that of `settings`, or the
+            transformer's own dtype, by default.
         capture: What to measure; what `settings` needs, on every query row, by default.
         settings: What else the plan should be.
         exact: Measure everything; by default if that takes at most 1 GiB.
@@ -142,7 +143,8 @@ def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> 
     for transformer in transformers_of(pipe).values():
         attentions = self_attentions(transformer)
         heads, head_dim = head_size(next(iter(attentions.values())))
-        rates.kernel(head_dim, capture.block, settings.precision or own_precision(pipe))
+        precision = settings.each_precision if settings.precision else own_precision(pipe)
+        rates.kernel(head_dim, capture.block, precision)
         known_model(type(transformer).__name__, heads, head_dim, len(attentions), own_config(transformer))
 
 

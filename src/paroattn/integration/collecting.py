@@ -302,6 +302,7 @@ class Collector:
             whole_mass=by_mass,
             paper=orders and self.settings.order_score == "paper",
             block_stride=stride if orders else 1,
+            rounding=self.capture.rounding and not orders,
         )
 
     def _folder(self, component: str) -> Path | None:
@@ -344,7 +345,8 @@ def by_heads(
     ]  # fmt: skip
     if len(found) == 1:
         return found[0]
-    joined = {name: torch.cat([getattr(each, name) for each in found], 1) for name in _BY_HEAD}
+    by_head = (*_BY_HEAD, *(["rounding"] if found[0].rounding is not None else []))
+    joined = {name: torch.cat([getattr(each, name) for each in found], 1) for name in by_head}
     return BlockStats(
         **joined,
         output_power=torch.stack([each.output_power for each in found]).sum(0),

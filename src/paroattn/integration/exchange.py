@@ -1,9 +1,10 @@
 """Ulysses: ranks that have some tokens of all heads exchange them for all tokens of some heads, and back.
 
-Every exchange is one node of a compiled graph, whatever the layer.
+Eager code exchanges one part of the heads while it computes another. In compiled code every exchange is one node of the
+graph, whatever the layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,34 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ..kernels.dealing import collect, deal
+
+
+def by_parts(
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[tuple[Tensor, Callable[..., Tensor]]], sizes: Sequence[int],
+    group: str,
+) -> Tensor:  # fmt: skip
+    """Attention of all heads, one part of each rank's after the other, so that one computes while another travels.
+
+    Args:
+        q, k, v: (B, own tokens, H, D).
+        parts: Heads of every rank, (ranks, heads of each), and what makes of their q, k and v, (B, N, own heads, D),
+            one tensor like these.
+        sizes: Tokens of every rank.
+        group: Name of the process group.
+
+    Returns:
+        (B, own tokens, H, D).
+    """
+    sizes, own = list(sizes), q.shape[1]
+    arriving = [_send_tokens((q, k, v), heads, sizes, group) for heads, _ in parts]
+    leaving = [
+        _send_heads(attend(*(x.transpose(0, 1) for x in arrived())), sizes, own, group)
+        for (_, attend), arrived in zip(parts, arriving, strict=True)
+    ]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for (heads, _), arrived in zip(parts, leaving, strict=True):
+        collect(arrived(), heads, out)
+    return out
 
 
 def to_heads(
@@ -48,28 +77,56 @@ def _named(group: str) -> Any:
     return resolve(group)
 
 
+def _send_tokens(
+    tensors: Sequence[Tensor], heads: Tensor, sizes: list[int], group: str
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Begin to send; what is returned waits for what arrives, (N, B, own heads, D) each."""
+    batch, own, _, channels = tensors[0].shape
+    sent, received, works = [], [], []
+    for x in tensors:
+        sent.append(deal(x, heads).flatten(0, 1))
+        received.append(x.new_empty(sum(sizes), batch, heads.shape[1], channels))
+        works.append(_exchange(received[-1], sent[-1], sizes, [own] * len(sizes), group))
+
+    def arrived() -> tuple[Tensor, ...]:
+        for work in works:
+            work.wait()
+        sent.clear()
+        return tuple(received)
+
+    return arrived
+
+
+def _send_heads(out: Tensor, sizes: list[int], own: int, group: str) -> Callable[[], Tensor]:
+    """Begin to send back; what is returned waits for what arrives, (ranks, own tokens, B, heads of each, D)."""
+    batch, _, each, channels = out.shape
+    sent = out.transpose(0, 1).contiguous()
+    received = out.new_empty(len(sizes), own, batch, each, channels)
+    work = _exchange(received.flatten(0, 1), sent, [own] * len(sizes), sizes, group)
+
+    def arrived() -> Tensor:
+        work.wait()
+        kept.clear()
+        return received
+
+    kept = [sent]  # as long as it may be read
+    return arrived
+
+
+def _exchange(received: Tensor, sent: Tensor, arriving: list[int], leaving: list[int], group: str) -> Any:
+    return dist.all_to_all_single(received, sent, arriving, leaving, _named(group), async_op=True)
+
+
 def _to_heads(
     q: Tensor, k: Tensor, v: Tensor, heads: Tensor, sizes: list[int], group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, own, _, channels = q.shape
-    received, works = [], []
-    for x in (q, k, v):
-        sent = deal(x, heads).flatten(0, 1)
-        received.append(x.new_empty(sum(sizes), batch, heads.shape[1], channels))
-        works.append(
-            dist.all_to_all_single(received[-1], sent, sizes, [own] * len(sizes), _named(group), async_op=True)
-        )
-    for work in works:
-        work.wait()
-    q, k, v = received
+    q, k, v = _send_tokens((q, k, v), heads, sizes, group)()
     return q, k, v
 
 
 def _to_tokens(out: Tensor, heads: Tensor, sizes: list[int], own: int, group: str) -> Tensor:
-    batch, _, each, channels = out.shape
-    received = out.new_empty(len(sizes) * own, batch, each, channels)
-    dist.all_to_all_single(received, out.transpose(0, 1).contiguous(), [own] * len(sizes), sizes, _named(group))
-    return collect(received.unflatten(0, (len(sizes), own)), heads)
+    batch, _, _, channels = out.shape
+    return collect(_send_heads(out, sizes, own, group)(), heads, out.new_empty(batch, own, heads.numel(), channels))
 
 
 def _whole_mask(mask: Tensor, sizes: list[int], group: str) -> Tensor:

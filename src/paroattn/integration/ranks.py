@@ -18,6 +18,9 @@ from ..plan.balance import deal_heads, heads_each, kept_blocks
 from ..plan.plan import PlanError, TransformerPlan
 from .exchange import whole_mask
 
+PARTS = 1
+"""Parts of a rank's heads. With two, one computes while another travels; whether that is faster is not measured yet."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
@@ -116,9 +119,11 @@ class Ranks:
                     f"ContextParallelConfig(ulysses_degree={self.size}, ulysses_anything=True) splits any number."
                 )
 
-    def deal(self, mask: BlockMask) -> Tensor:
-        """Heads of every rank for one phase of a layer, (ranks, heads of each) int64, by its mask."""
-        return torch.tensor(deal_heads(kept_blocks(mask).tolist(), self.size))
+    def deal(self, mask: BlockMask) -> list[Tensor]:
+        """Heads of every rank for one phase of a layer, by its mask, in parts: (ranks, heads) int64 each."""
+        costs = kept_blocks(mask).tolist()
+        dealt = [sorted(heads, key=lambda head: (-costs[head], head)) for heads in deal_heads(costs, self.size)]
+        return [torch.tensor([heads[part::PARTS] for heads in dealt]) for part in range(min(PARTS, len(dealt[0])))]
 
     @cached_property
     def _process_group(self) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..grid import Grid
+from ..plan.plan import precision_shares
 from .backend import Layer
 from .hook import ON_REQUEST, PlanHook
 
@@ -91,9 +92,17 @@ def describe(transformer: nn.Module, hook: PlanHook) -> dict[str, Any]:
         "calls": dict(hook.calls),
         "replaced_layers": hook.replaced,
         "prediction": None if hook.verdict is None else str(hook.verdict),
+        "precision": precision_shares([_applied(layer) for layer in hook.layers.values()], hook.plan.phases),
         "density": _mean((layer["density"], 1) for layer in layers.values()),
         "layers": layers,
     }
+
+
+def _applied(layer: Layer) -> list[tuple[str, ...]]:
+    """Precision of each head in each phase as it is applied."""
+    assert layer.plan is not None
+    each = [layer.precision(phase) for phase in range(len(layer.plan.precision))]
+    return [name if isinstance(name, tuple) else (str(name),) * len(layer.plan.orders) for name in each]
 
 
 def _describe_layer(layer: Layer, grid: Grid) -> dict[str, Any]:
@@ -139,6 +148,7 @@ def _table(name: str, part: dict[str, Any]) -> str:
         f"  plan's grid {part['plan_grid']}; calls by grid: {grids}",
     ]
     lines += [f"  {part['prediction']}"] if part["prediction"] else []
+    lines.append("  precision of the heads: " + ", ".join(f"{form} {n:.0%}" for form, n in part["precision"].items()))
     lines += [f"  {count:6} calls {_outcome(kind)}" for kind, count in part["calls"].items()]
     reasons = sum((Counter(row["dense_calls"]) for row in part["layers"].values()), Counter())
     lines += [f"  {n:6} layer calls {_outcome(kind)}" for kind, n in reasons.items() if kind not in part["calls"]]

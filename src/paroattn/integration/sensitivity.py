@@ -8,6 +8,10 @@ a few generations tell:
     weight of a phase = squared difference of the latents / predicted error of what was dropped
 
 With layers, one at a time as well; the weight of a block is then that of its phase times that of its layer.
+
+The predicted error of dropped blocks is too small, and weights make up for it; that of rounding is as measured. Where
+INT4 is an option, every prompt is therefore generated once more with all blocks and all heads in INT4, and errors of
+rounding have a weight of their own, as a factor on the others.
 """
 
 import math
@@ -21,7 +25,9 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..capture import Statistics
+from ..capture.measured import ROUNDED
 from ..plan.plan import Plan, TransformerPlan
+from ..plan.ranking import Ranking
 from ..plan.search import PlanSettings, make_plan, predicted_error
 from .apply import apply, remove
 from .collecting import check_prompts
@@ -30,6 +36,8 @@ from .processes import each_some, group
 
 SENSITIVITIES = ("none", "phases", "layers")
 PROBE_DENSITY = 0.3
+IN_INT4 = "all heads in INT4"
+"""Instead of a phase or layer: all blocks are kept then."""
 SMALLEST = 1e-6
 """Of the largest weight; a phase that seems to matter not at all was too short to tell."""
 
@@ -70,7 +78,8 @@ def measure_sensitivity(
             more.
         what: "phases", "layers" for both, or "none".
         seeds: Samples of every prompt. Single ones differ by a factor of two and more; their geometric mean counts.
-        settings: How the blocks that are dropped are chosen.
+        settings: How the blocks that are dropped are chosen. If heads may be in INT4 by them, what that does to the
+            sample is measured too.
         precision: Of the attention meanwhile; that of `settings` by default. The transformer's own is best.
         impl: Which attention runs meanwhile, see `paroattn.attention`.
         steps, seed, call: As in `calibrate`.
@@ -82,17 +91,20 @@ def measure_sensitivity(
     check_sensitivity(what, seeds)
     if what == "none":
         return
-    settings = (settings or PlanSettings()).at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False)
+    settings = settings or PlanSettings()
+    own, also = precision or settings.each_precision, [IN_INT4] if settings.may_be_int4 else []
+    changes = {"precision": settings.each_precision, "int4_share": None}
+    settings = settings.at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False, **changes)
     plans = {name: make_plan(each, settings) for name, each in measured.items()}
     everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
-    probes = [(name, place) for name, plan in plans.items() for place in _places(plan, what)]
+    probes = [(name, place) for name, plan in plans.items() for place in [*_places(plan, what), *also]]
     errors: dict[tuple[str, int | str], list[float]] = {probe: [] for probe in probes}
     samples = list(enumerate(check_prompts(prompts) * seeds))
     total, done = len(samples) * (1 + len(probes)), 0
 
-    def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan]) -> Tensor:
+    def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan], only: str | None = precision) -> Tensor:
         nonlocal done
-        apply(pipe, Plan(plan), precision=precision, impl=impl, even_if_slower=True)
+        apply(pipe, Plan(plan), precision=only, impl=impl, even_if_slower=True)
         try:
             output = run(pipe, prompt, seed + number, steps=steps, output_type="latent", **call)
         finally:
@@ -105,6 +117,9 @@ def measure_sensitivity(
         if probe is None:
             return latents(number, prompt, everything)
         name, place = probe
+        if place == IN_INT4:
+            forms = dict.fromkeys(everything, own) | {name: "int4"}
+            return latents(number, prompt, {each: _all_in(everything[each], forms[each]) for each in forms}, None)
         only = _limited(plans[name], lambda layer, phase: place in (layer, phase))
         return latents(number, prompt, everything | {name: only})
 
@@ -118,7 +133,10 @@ def measure_sensitivity(
             errors[probe].append(error)
     for name, statistics in measured.items():
         found = {place: _typical(each) for (component, place), each in errors.items() if component == name}
+        in_int4 = found.pop(IN_INT4, None)
         _note(statistics, plans[name], found, predicted_error(statistics, plans[name], settings))
+        if in_int4 is not None:
+            _note_rounding(statistics, plans[name], in_int4)
 
 
 def _places(plan: TransformerPlan, what: str) -> list[int | str]:
@@ -151,6 +169,23 @@ def _note(statistics: Statistics, plan: TransformerPlan, found: Mapping[int | st
         layers = dict(zip(plan.layers, factors.tolist(), strict=True))
     statistics.level_weights, statistics.layer_weights = levels, layers
     statistics.note()
+
+
+def _note_rounding(statistics: Statistics, plan: TransformerPlan, found: float) -> None:
+    """Turn the difference of latents that INT4 makes into a weight, if what it costs each head was measured."""
+    statistics.rounding_weight = None
+    ranking = Ranking(statistics, {}, plan.phases, PlanSettings(PROBE_DENSITY), "cpu")
+    costs = [ranking.rounding(layer) for layer in statistics.layers]
+    predicted = sum(float(cost[ROUNDED.index("int4")].sum()) for cost in costs if cost is not None)
+    if predicted > 0 and found > 0 and all(cost is not None for cost in costs):
+        statistics.rounding_weight = found / predicted
+    statistics.note()
+
+
+def _all_in(plan: TransformerPlan, precision: str) -> TransformerPlan:
+    """The plan with every head in one precision."""
+    every = ((precision,) * plan.heads,) * len(plan.phases)
+    return replace(plan, layers={name: replace(layer, precision=every) for name, layer in plan.layers.items()})
 
 
 def _positive(weights: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ _checked_pairs: dict[tuple[int, int], tuple[weakref.ref, weakref.ref]] = {}
 PAIRS_KEPT = 4096
 _parts: "weakref.WeakKeyDictionary[BlockMask, dict[tuple[int, ...], tuple[BlockMask, Tensor]]]"
 _parts = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGroup:
+    """Heads of one precision, with their part of what a layer has.
+
+    Attributes:
+        heads: Which, (h,) int64, on the device of the others.
+        mask: Their kept blocks, (h, Nq, Nk).
+        order: Their rows of the gather table, (h,).
+        precision: Formats of the two products.
+    """
+
+    heads: Tensor
+    mask: BlockMask
+    order: Tensor
+    precision: str
 
 
 def attention(
@@ -58,9 +76,11 @@ def attention(
         precision: Formats of the two products, such as "int8", for all heads or one per head. None: the tensors' own.
         softmax_scale: Factor on q·k. None: 1 / √D.
         return_lse: Return lse too.
-        impl: "cpu", "triton", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the reference
-            for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU because no
-            kernel handles the formats, blocks or head dimension, a warning says why, once.
+        impl: "cpu", "triton", "native", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the
+            reference for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU
+            because no kernel handles the formats, blocks or head dimension, a warning says why, once. "native", INT4
+            on matrix units of four bits, takes no text and needs `paroattn[native]`; "auto" takes it on GPUs of
+            capability 8.0 to 8.9, and warns once where that is not installed.
 
     Returns:
         out (B, N, H, D) in the model's order and q's dtype; with `return_lse` also lse (B, H, N) in the model's order,
@@ -70,7 +90,7 @@ def attention(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If arguments do not fit each other, a gradient is wanted, or `impl` cannot do what is asked.
-        RuntimeError: If the GPU lacks a format, or Triton or what it needs is missing.
+        RuntimeError: If the GPU lacks a format, or Triton, or what `impl` needs, is missing.
     """
     _check_tensors(q, k, v)
     _check_mask(mask, q)
@@ -78,29 +98,80 @@ def attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale must be finite; got {scale}")
-    valid_tokens = _check_text(text_tokens, valid_text, q)
+    call = _Call(table, _check_text(text_tokens, valid_text, q), text_tokens, scale, return_lse, impl)
+    names = _heads_by_precision(precision, q)
+    if len(names) == 1:
+        out, lse = call.run(q, k, v, mask, order, *names)
+    else:
+        parts = ((name, *_some_heads(mask, heads)) for name, heads in names.items())
+        out, lse = call.run_groups(q, k, v, (HeadGroup(index, part, order[index], name) for name, part, index in parts))
+    return (out, lse) if return_lse else out
 
-    def run(q: Tensor, k: Tensor, v: Tensor, part: BlockMask, order: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-        launch_order = part.launch_order if q.is_cuda or impl == "triton" else None
+
+def attention_by_group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Sequence[HeadGroup],
+    *,
+    table: Tensor,
+    text_tokens: int = 0,
+    valid_text: Tensor | None = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """As `attention`, of heads that were put into groups once and not in every call.
+
+    Inside torch.compile, all calls with as many groups of the same precisions share one graph, whatever heads are in
+    them; a group of a single head needs another one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `attention`.
+    """
+    _check_tensors(q, k, v)
+    for group in groups:
+        some = q[:, :, : len(group.heads)]
+        _check_mask(group.mask, some)
+        _check_order(table, group.order, some)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    call = _Call(table, _check_text(text_tokens, valid_text, q), text_tokens, scale, False, impl)
+    return call.run_groups(q, k, v, groups)[0]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the registered operation is told of a call besides its heads."""
+
+    table: Tensor
+    valid_tokens: Tensor | None
+    text_tokens: int
+    softmax_scale: float
+    return_lse: bool
+    impl: str
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, order: Tensor, precision: str
+    ) -> tuple[Tensor, Tensor]:
+        """Heads of one precision."""
+        if torch.compiler.is_compiling():
+            keep_constants(self.impl, q.device, q.dtype, q.shape[-1])
+        launch_order = mask.launch_order if q.is_cuda or self.impl == "triton" else None
         return torch.ops.paroattn.attention(
-            q, k, v, part.bits, part.key_blocks, *part.block, launch_order, table, order, valid_tokens, precision,
-            scale, return_lse, impl,
+            q, k, v, mask.bits, mask.key_blocks, *mask.block, launch_order, self.table, order, self.valid_tokens,
+            self.text_tokens, precision, self.softmax_scale, self.return_lse, self.impl,
         )  # fmt: skip
 
-    if torch.compiler.is_compiling():
-        keep_constants(impl, q.device, q.dtype, q.shape[-1])
-    groups = _heads_by_precision(precision, q)
-    if len(groups) == 1:
-        out, lse = run(q, k, v, mask, order, *groups)
-    else:
+    def run_groups(self, q: Tensor, k: Tensor, v: Tensor, groups: Iterable[HeadGroup]) -> tuple[Tensor, Tensor]:
+        """One group after the other."""
         out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype(q))
-        for name, heads in groups.items():
-            part, index = _some_heads(mask, heads)
-            result, logs = run(q[:, :, index], k[:, :, index], v[:, :, index], part, order[index], name)
+        for group in groups:
+            index = group.heads
+            some = q[:, :, index], k[:, :, index], v[:, :, index]
+            result, logs = self.run(*some, group.mask, group.order, group.precision)
             out[:, :, index] = result
-            if return_lse:
+            if self.return_lse:
                 lse[:, index] = logs
-    return (out, lse) if return_lse else out
+        return out, lse
 
 
 def what_runs(
@@ -109,6 +180,7 @@ def what_runs(
     *,
     precision: str | Precision | Sequence[str | Precision] | None = None,
     softmax_scale: float | None = None,
+    text_tokens: int = 0,
     impl: str = "auto",
 ) -> str:
     """Name what runs `attention` on these arguments, such as "triton", or "cpu + reference" if heads differ.
@@ -118,7 +190,7 @@ def what_runs(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     groups = _heads_by_precision(precision, q)
-    return " + ".join(sorted({choose(impl, q, mask, parse(name), scale) for name in groups}))
+    return " + ".join(sorted({choose(impl, q, mask, parse(name), scale, text_tokens) for name in groups}))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -184,7 +256,7 @@ def _check_order(table: Tensor | None, order: Tensor | None, q: Tensor) -> tuple
 
 def _check_order_values(table: Tensor, order: Tensor) -> None:
     """Look at the values of a table and an order when they are first seen, where looking stalls no GPU for long."""
-    if torch.compiler.is_compiling() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or _capturing(table):
         return
     pair = id(table), id(order)
     known = _checked_pairs.get(pair)
@@ -252,9 +324,16 @@ def _some_heads(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
     known, key = _parts.setdefault(mask, {}), tuple(heads)
     if key not in known:
         known[key] = _select(mask, heads)
-    return known[key]
+    part, index = known[key]
+    if _capturing(mask.bits):  # a CUDA graph reads what is in the mask's memory when it runs
+        part = BlockMask(mask.bits[index], mask.key_blocks, mask.block)
+    return part, index
 
 
 def _select(mask: BlockMask, heads: list[int]) -> tuple[BlockMask, Tensor]:
     index = torch.tensor(heads, device=mask.bits.device)
     return BlockMask(mask.bits[index], mask.key_blocks, mask.block), index
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

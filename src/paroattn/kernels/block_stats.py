@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..block_mask import blocks_of
 from ..capture import BlockStats
 from ..grid import Layout
+from .rounding import rounding_errors
 
 SMALL = 1e-3
 SMALL_SHARE = 0.9
@@ -46,6 +47,7 @@ def block_stats(
     block_offset: int = 0,
     softmax_scale: float | None = None,
     paper: bool = True,
+    rounding: bool = False,
     impl: str = "auto",
 ) -> BlockStats:
     """Measure every block of the video's attention map in each candidate order, or in one given order per head.
@@ -68,6 +70,7 @@ def block_stats(
         block_offset: Which of the samples; 0 … block_stride − 1 together hold every block once.
         softmax_scale: Factor on q·k; 1/√D by default.
         paper: Also measure what only the paper's score needs; without, sparse_share and incoherence are 0.
+        rounding: Also measure what INT8 and INT4 cost each head of the first batch element, in plain PyTorch.
         impl: "torch", "triton", or "auto": triton for tensors on a GPU, torch elsewhere. Triton multiplies 16-bit
             numbers, float32 tensors are rounded to bfloat16; PyTorch computes in float32, or float64 for such tensors.
 
@@ -91,17 +94,20 @@ def block_stats(
     every = torch.arange(len(orders))[:, None].expand(-1, heads)
     chosen = every if order is None else _check_order(order, len(orders), heads)[None]
     root = _square_root(w_o)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     maps = []
     for element in range(q.shape[0]):
+        one = [x[element : element + 1] for x in (q, k, v)]
         sums = run(
-            *(x[element : element + 1] for x in (q, k, v)), root, table=table, chosen=chosen, rows=rows,
-            measured=measured, video=video, block=block, paper=paper,
-            softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            *one, root, table=table, chosen=chosen, rows=rows, measured=measured, video=video, block=block, paper=paper,
+            softmax_scale=scale,
         )  # fmt: skip
         sampled = measured[:, rows].sum(-1)[chosen.to(device)]  # (candidates, H, S)
         maps.append(_finish(*sums, sampled, rows, video, block, block_stride))
     totals = (torch.stack(each).sum(0) for each in zip(*maps, strict=True))
-    return BlockStats(*totals, calls=len(maps), rows=None if block_stride == 1 else rows)
+    first = [x[:1] for x in (q, k, v)]
+    rounded = rounding_errors(*first, root, layout=layout, block=block, softmax_scale=scale) if rounding else None
+    return BlockStats(*totals, calls=len(maps), rows=None if block_stride == 1 else rows, rounding=rounded)
 
 
 def _check_order(order: Tensor, orders: int, heads: int) -> Tensor:

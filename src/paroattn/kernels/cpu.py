@@ -91,6 +91,7 @@ def cpu_attention(
     precision: Precision,
     softmax_scale: float,
     valid_tokens: Tensor | None = None,
+    text_tokens: int = 0,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention in float32: arguments and results of `reference_attention`, lse on request."""

@@ -28,23 +28,22 @@ def deal(x: Tensor, heads: Tensor) -> Tensor:
     return dealt
 
 
-def collect(dealt: Tensor, heads: Tensor) -> Tensor:
+def collect(dealt: Tensor, heads: Tensor, out: Tensor) -> Tensor:
     """Undo `deal`.
 
     Args:
         dealt: (ranks, N, B, heads of each, D), contiguous.
         heads: As in `deal`.
+        out: (B, N, H, D), in which these heads are written.
 
     Returns:
-        (B, N, H, D), contiguous.
+        `out`.
     """
-    _, tokens, batch, _, channels = dealt.shape
-    x = dealt.new_empty(batch, tokens, heads.numel(), channels)
     if dealt.is_cuda:
-        _kernels().copy(x, dealt, heads, back=True)
+        _kernels().copy(out, dealt, heads, back=True)
     else:
-        x[:, :, heads] = dealt.permute(2, 1, 0, 3, 4)
-    return x
+        out[:, :, heads] = dealt.permute(2, 1, 0, 3, 4)
+    return out
 
 
 @cache

@@ -45,6 +45,18 @@ _ROUND_TO_INT8: gl.constexpr = gl.constexpr("""{
     prmt.b32 $0, low, high, 0x6420;
 }""")
 """Four p times their row's unit: 1152 + p in half precision has p − 128 for its low byte."""
+_ROUND_TO_INT4: gl.constexpr = gl.constexpr("""{
+    .reg .b32 low, high, unit, four;
+    cvt.rn.f16x2.f32 low, $2, $1;
+    cvt.rn.f16x2.f32 high, $4, $3;
+    cvt.rn.f16x2.f32 unit, $5, $5;
+    fma.rn.f16x2 low, low, unit, $9;
+    fma.rn.f16x2 high, high, unit, $13;
+    prmt.b32 four, low, high, 0x6420;
+    shr.u32 four, four, 4;
+    and.b32 $0, four, 0x0f0f0f0f;
+}""")
+"""The same in 1024 plus dither: the upper half of the low byte is what is left of p."""
 _SUM_OF_FOUR: gl.constexpr = gl.constexpr("""
     dp4a.s32.s32 $0, $4, 0x01010101, 0;
     mov.b32 $1, 0;
@@ -54,7 +66,7 @@ _SUM_OF_FOUR: gl.constexpr = gl.constexpr("""
 
 
 @gluon.jit
-def _weights(s, m, scale, tail, PV: gl.constexpr, MASKED: gl.constexpr):
+def _weights(s, m, scale, tail, PV: gl.constexpr, TOP: gl.constexpr, LOG2_TOP: gl.constexpr, MASKED: gl.constexpr):
     """Biased scores of a block → p before its rounding, its unit, m, and the factors of acc.
 
     The maxima are taken of integers, of which one instruction compares three.
@@ -69,12 +81,12 @@ def _weights(s, m, scale, tail, PV: gl.constexpr, MASKED: gl.constexpr):
     highest = (top - 12582912.0) * scale
     new = gl.maximum(m, highest)
     old_share = _exp2(m - new)
-    if PV == "int8":
+    if PV != "fp8":
         origin = -(top * scale)
-        unit = 255.0 * _exp2(-gl.fma(top, scale, origin))  # undoes what rounding did to origin
+        unit = TOP * _exp2(-gl.fma(top, scale, origin))  # undoes what rounding did to origin
         share = _exp2(highest - new)
     else:
-        origin = 8.807354922057604 - (new + 12582912.0 * scale)  # log2 448
+        origin = LOG2_TOP - (new + 12582912.0 * scale)
         unit = scale
         share = old_share
     return _exp2(gl.fma(s, scale[:, None], origin[:, None])), unit, new, old_share, share
@@ -82,16 +94,38 @@ def _weights(s, m, scale, tail, PV: gl.constexpr, MASKED: gl.constexpr):
 
 @gluon.jit
 def _rounded(p, unit, PV: gl.constexpr, LAYOUT: gl.constexpr):
-    """Round p to 8 bits, its columns renamed so that every thread multiplies what it holds."""
-    if PV == "int8":
+    """Round p to 8 or 4 bits, its columns renamed so that every thread multiplies what it holds."""
+    if PV != "fp8":
         p = _renamed(p, LAYOUT)
         unit = gl.convert_layout(unit, gl.SliceLayout(1, LAYOUT))
         unit, p = gl.broadcast(unit[:, None], p)
+    if PV == "int4":
+        low, high = _dither(False, LAYOUT), _dither(True, LAYOUT)
+        low, p = gl.broadcast(low[:, None], p)
+        high, p = gl.broadcast(high[:, None], p)
+        return gl.inline_asm_elementwise(
+            _ROUND_TO_INT4,
+            "=r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r",
+            [p, unit, low, high],
+            dtype=gl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    elif PV == "int8":
         return gl.inline_asm_elementwise(
             _ROUND_TO_INT8, "=r,f,f,f,f,f,f,f,f", [p, unit], dtype=gl.int8, is_pure=True, pack=4
         )
     else:
         return _renamed(p.to(gl.float8e4nv), LAYOUT)
+
+
+@gluon.jit
+def _dither(ODD: gl.constexpr, LAYOUT: gl.constexpr):
+    """Two keys' 1024 plus 0…15, a row's, in half precision, of columns 0 and 1 or 8 and 9; see `four_bits.DITHER`."""
+    y = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) & 3
+    x = y ^ (2 if ODD else 0)
+    first = ((x & 1) << 3) | ((y & 1) << 2) | (x & 2) | (y >> 1)
+    return (first | ((first ^ 8) << 16)) + 0x64006400
 
 
 @gluon.jit
@@ -105,8 +139,8 @@ def _renamed(p, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _row_sums(p, rounded, PV: gl.constexpr, ROW: gl.constexpr):
-    """Sums of p; for INT8 of what is stored, the rounded p − 128."""
-    if PV == "int8":
+    """Sums of p; of integers of what is stored, for INT8 the rounded p − 128."""
+    if PV != "fp8":
         fours = gl.inline_asm_elementwise(
             _SUM_OF_FOUR, "=r,=r,=r,=r,r", [rounded], dtype=gl.int32, is_pure=True, pack=4
         )
@@ -120,7 +154,7 @@ def _add(acc, pv, old_share, share, PV: gl.constexpr):
     """Add the product of a block to acc."""
     ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     old_share = gl.convert_layout(old_share, ROW)
-    if PV == "int8":
+    if PV != "fp8":
         share = gl.convert_layout(share, ROW)
         acc = gl.fma(acc, old_share[:, None], -(12582912.0 * share)[:, None])
         return gl.fma(pv.to(gl.float32, bitcast=True), share[:, None], acc)
@@ -146,8 +180,8 @@ def _fetch(stage, j, k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem
 def _step(
     i, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
     k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full, ones_smem,
-    PV: gl.constexpr, MASKED: gl.constexpr, KEYS: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
-    MATRIX_SUMS: gl.constexpr,
+    PV: gl.constexpr, TOP: gl.constexpr, LOG2_TOP: gl.constexpr, MASKED: gl.constexpr, KEYS: gl.constexpr,
+    D_PAD: gl.constexpr, STAGES: gl.constexpr, MATRIX_SUMS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: m, total and acc after the i-th kept block; next block and scale, asked early."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
@@ -162,14 +196,16 @@ def _step(
     following = gl.load(list_ptr + gl.minimum(i + 2, count - 1)).to(gl.int32)
     ahead = gl.load(list_ptr + gl.minimum(i + STAGES, count - 1)).to(gl.int32)
     s = warpgroup_mma_wait(0, deps=[s])
-    p, unit, m, old_share, share = _weights(s, m, scale, tail, PV, MASKED)
+    p, unit, m, old_share, share = _weights(s, m, scale, tail, PV, TOP, LOG2_TOP, MASKED)
     rounded = _rounded(p, unit, PV, gl.DotOperandLayout(0, OUT, 4))
-    if PV == "int8":
+    if PV == "int4":
+        start = gl.full([64, D_PAD], 0x4B400000, gl.int32, OUT)
+    elif PV == "int8":
         start = start_smem.index(stage).reshape([D_PAD]).load(gl.SliceLayout(0, OUT))
         start = gl.zeros([64, D_PAD], gl.int32, OUT) + start[None, :]
     else:
         start = gl.zeros([64, D_PAD], gl.float32, OUT)
-    pv = warpgroup_mma(rounded, v_smem.index(stage).permute((1, 0)), start, use_acc=PV == "int8", is_async=True)
+    pv = warpgroup_mma(rounded, v_smem.index(stage).permute((1, 0)), start, use_acc=PV != "fp8", is_async=True)
     if MATRIX_SUMS:
         nought = gl.zeros([64, 8], start.dtype, SUMS)
         rounded = gl.convert_layout(rounded, gl.DotOperandLayout(0, SUMS, 4))
@@ -184,7 +220,9 @@ def _step(
                PV, KEYS)  # fmt: skip
     total *= gl.convert_layout(old_share, gl.SliceLayout(1, SUMS))[:, None]
     if PV == "int8":
-        added = (added + 128 * KEYS).to(gl.float32) * gl.convert_layout(share, gl.SliceLayout(1, SUMS))[:, None]
+        added += 128 * KEYS
+    if PV != "fp8":
+        added = added.to(gl.float32) * gl.convert_layout(share, gl.SliceLayout(1, SUMS))[:, None]
     total += added
     return m, total, _add(acc, pv, old_share, share, PV), following, k_scale
 
@@ -194,7 +232,8 @@ def _hopper_kernel(
     q_desc, k_desc, v_desc, start_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
     lists_ptr, counts_ptr, bits_ptr, tiles_ptr, table_ptr, order_ptr, valid_ptr, out_ptr, lse_ptr,
     B, N, H, ROW_BLOCKS, KEY_BLOCKS, BYTES,
-    PV: gl.constexpr, HAS_LSE: gl.constexpr, HAS_SHIFT: gl.constexpr,
+    QK: gl.constexpr, PV: gl.constexpr, TOP: gl.constexpr, LOG2_TOP: gl.constexpr,
+    HAS_LSE: gl.constexpr, HAS_SHIFT: gl.constexpr,
     SPLIT: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr, STAGES: gl.constexpr,
     MATRIX_SUMS: gl.constexpr,
 ):  # fmt: skip
@@ -231,7 +270,7 @@ def _hopper_kernel(
     if MATRIX_SUMS:
         ones_smem = gl.allocate_shared_memory(v_desc.dtype, [8, KEYS], v_desc.layout)
         SPREAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // KEYS, KEYS // 8], [4, 1], [1, 0])
-        ones = gl.full([8, KEYS], 1 if PV == "int8" else 0x38, gl.int8, SPREAD)  # 0x38: the bits of 1.0 in FP8
+        ones = gl.full([8, KEYS], 0x38 if PV == "fp8" else 1, gl.int8, SPREAD)  # 0x38: the bits of 1.0 in FP8
         ones_smem.store(ones.to(v_desc.dtype, bitcast=True))
         fence_async_shared()
         _barrier()
@@ -260,13 +299,13 @@ def _hopper_kernel(
         m, total, acc, following, k_scale = _step(
             i, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
             k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full, ones_smem,
-            PV, False, KEYS, D_PAD, STAGES, MATRIX_SUMS,
+            PV, TOP, LOG2_TOP, False, KEYS, D_PAD, STAGES, MATRIX_SUMS,
         )  # fmt: skip
     if count > whole:
         m, total, acc, following, k_scale = _step(
             whole, m, total, acc, following, k_scale, count, list_ptr, tail, q_smem, q_scale, k_scale_ptr,
             k_desc, k_row, v_desc, v_row, start_desc, start_row, k_smem, v_smem, start_smem, full, ones_smem,
-            PV, True, KEYS, D_PAD, STAGES, MATRIX_SUMS,
+            PV, TOP, LOG2_TOP, True, KEYS, D_PAD, STAGES, MATRIX_SUMS,
         )  # fmt: skip
 
     total = gl.convert_layout(gl.max(total, 1), ROW)
@@ -282,8 +321,7 @@ def _hopper_kernel(
     out_rows = (b.to(gl.int64) * N + position) * H + h
     gl.store(out_ptr + out_rows[:, None] * D + d[None, :], out, mask=(n < N)[:, None] & (d < D)[None, :])
     if HAS_LSE:
-        unit = 7.994353436858858 if PV == "int8" else 8.807354922057604
-        lse = (m + gl.log2(gl.maximum(total, 1e-30)) - unit) * 0.6931471805599453
+        lse = (m + gl.log2(gl.maximum(total, 1e-30)) - LOG2_TOP) * 0.6931471805599453
         if HAS_SHIFT:
             lse += gl.load(shift_ptr + q_row + rows)
         n = first + rows

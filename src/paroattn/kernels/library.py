@@ -17,11 +17,14 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..precision import Precision
+from . import native
 from .cpu import cpu_attention
 from .reference import reference_attention
 
-TRITON_FORMATS = {"qk": ("int8", "bf16", "fp16"), "pv": ("int8", "fp8", "bf16", "fp16")}
-FP32 = ("fp32", "fp32")
+TRITON_FORMATS = {"qk": ("int8", "int4", "bf16", "fp16"), "pv": ("int8", "int4", "fp8", "bf16", "fp16")}
+FP32, INT4 = ("fp32", "fp32"), ("int4", "int4")
+FOUR_BIT_UNITS = 8
+"""First part of the compute capability of GPUs with matrix units of four bits; later ones only imitate them."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class Implementation:
     Attributes:
         run: Function with the arguments of `reference_attention` and `return_lse`.
         needs: What it asks of tensors and precision, in words.
-        usable: Whether tensors like this one and a precision meet that.
+        usable: Whether tensors like this one, a precision and a number of text tokens meet that.
     """
 
     run: Callable[..., tuple[Tensor, Tensor | None]]
     needs: str
-    usable: Callable[[Tensor, Precision], bool]
+    usable: Callable[[Tensor, Precision, int], bool]
 
 
 def _reference(*args, return_lse: bool, **kwargs) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,13 @@ def _reference(*args, return_lse: bool, **kwargs) -> tuple[Tensor, Tensor]:
 
 def _triton(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
     return _kernels().sparse_attention(*args, **kwargs)
+
+
+def _native(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    reason = native.missing()
+    if reason is not None:
+        raise RuntimeError(f"{reason} Or use impl='triton'.")
+    return _kernels().sparse_attention(*args, **kwargs, four_bit_units=True)
 
 
 def _kernels() -> Any:
@@ -56,38 +66,51 @@ def _kernels() -> Any:
         ) from error
 
 
-def _triton_usable(q: Tensor, precision: Precision) -> bool:
+def _triton_usable(q: Tensor, precision: Precision, text_tokens: int) -> bool:
     runs = q.device.type == "cuda" or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     formats = precision.qk in TRITON_FORMATS["qk"] and precision.pv in TRITON_FORMATS["pv"]
     return runs and formats and q.dtype != torch.float64
+
+
+def _native_usable(q: Tensor, precision: Precision, text_tokens: int) -> bool:
+    formats = (precision.qk, precision.pv) == INT4 and text_tokens == 0  # text is rounded to 8 bits
+    return q.device.type == "cuda" and formats and q.dtype != torch.float64
 
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(
         cpu_attention,
         "float32 tensors on a CPU and precision fp32",
-        lambda q, precision: (q.device.type, q.dtype, precision.qk, precision.pv) == ("cpu", torch.float32, *FP32),
+        lambda q, precision, text: (
+            (q.device.type, q.dtype, precision.qk, precision.pv) == ("cpu", torch.float32, *FP32)
+        ),
     ),
     "reference": Implementation(
         _reference,
         "float64 tensors for precision fp64",
-        lambda q, precision: q.dtype == torch.float64 or "fp64" not in (precision.qk, precision.pv),
+        lambda q, precision, text: q.dtype == torch.float64 or "fp64" not in (precision.qk, precision.pv),
     ),
     "triton": Implementation(
         _triton,
-        "tensors on a GPU, not float64, and int8, bf16 or fp16 for Q·K with int8, fp8, bf16 or fp16 for P·V",
+        "tensors on a GPU, not float64, int8, int4, bf16 or fp16 for Q·K and int8, int4, fp8, bf16 or fp16 for P·V",
         _triton_usable,
+    ),
+    "native": Implementation(
+        _native, "tensors on a GPU, not float64, int4 for both Q·K and P·V, and no text", _native_usable
     ),
 }
 parse = cache(Precision.parse)
 _warned: set[str] = set()
 
 
-def choose(impl: str, q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> str:
+def choose(
+    impl: str, q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float, text_tokens: int = 0
+) -> str:
     """Name of the implementation that runs tensors like q.
 
     "auto" takes "cpu" for float32 on a CPU, "triton" on a GPU, and else "reference", which can do everything. On a GPU,
-    where that is slow, a warning names what no kernel handles, once.
+    where that is slow, a warning names what no kernel handles, once. INT4 without text, on a GPU that has matrix units
+    of four bits, takes "native"; where `cuda.core` or NVRTC is missing, "triton", and a warning says so, once.
 
     Raises:
         ValueError: If `impl` is unknown or cannot do what is asked.
@@ -95,32 +118,44 @@ def choose(impl: str, q: Tensor, mask: BlockMask, precision: Precision, softmax_
     """
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    warning = None
     if impl == "auto":
-        impl, reason = _automatic(q, mask, precision, softmax_scale)
-    else:
-        reason = None
+        impl, warning = _automatic(q, mask, precision, softmax_scale, text_tokens)
     chosen = IMPLEMENTATIONS[impl]
-    if not chosen.usable(q, precision):
+    if not chosen.usable(q, precision, text_tokens):
+        text = f" with {text_tokens} text tokens" * (impl == "native" and text_tokens > 0)
         raise ValueError(
-            f"{impl} needs {chosen.needs}; got {precision} on {q.dtype} tensors on {q.device}. "
+            f"{impl} needs {chosen.needs}; got {precision} on {q.dtype} tensors on {q.device}{text}. "
             "Choose another impl or precision."
         )
-    if reason is not None and reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"The slow but exact reference runs on {q.device}, because {reason}", stacklevel=2)
+    if warning is not None and warning not in _warned:
+        _warned.add(warning)
+        warnings.warn(warning, stacklevel=2)
     return impl
 
 
-def _automatic(q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float) -> tuple[str, str | None]:
-    """What "auto" means, and why the reference runs on a GPU if it does."""
+def _automatic(
+    q: Tensor, mask: BlockMask, precision: Precision, softmax_scale: float, text_tokens: int
+) -> tuple[str, str | None]:
+    """What "auto" means, and a warning where something faster could not be taken."""
     if q.device.type != "cuda":
-        return ("cpu" if IMPLEMENTATIONS["cpu"].usable(q, precision) else "reference"), None
-    if not _triton_usable(q, precision):
+        return ("cpu" if IMPLEMENTATIONS["cpu"].usable(q, precision, text_tokens) else "reference"), None
+    slow = f"The slow but exact reference runs on {q.device}, because "
+    if not _triton_usable(q, precision, text_tokens):
         return "reference", (
-            f"no kernel computes {precision} on {q.dtype} tensors. Give another precision such as 'int8'."
+            f"{slow}no kernel computes {precision} on {q.dtype} tensors. Give another precision such as 'int8'."
         )
     reason = _kernels().refusal(q, mask, softmax_scale)
-    return ("triton", None) if reason is None else ("reference", reason)
+    if reason is not None:
+        return "reference", slow + reason
+    if not _native_usable(q, precision, text_tokens):
+        return "triton", None
+    if torch.cuda.get_device_capability(q.device)[0] != FOUR_BIT_UNITS:
+        return "triton", None
+    missing = native.missing()
+    if missing is None:
+        return "native", None
+    return "triton", f"INT4 runs on the 8-bit matrix units of {q.device}, no faster than INT8, because {missing}"
 
 
 @torch.compiler.assume_constant_result
@@ -142,15 +177,16 @@ def _attention(
     table: Tensor,
     order: Tensor,
     valid_tokens: Tensor | None,
+    text_tokens: int,
     precision: str,
     softmax_scale: float,
     return_lse: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     formats, mask = parse(precision), BlockMask(bits, key_blocks, (query_block, key_block), launch_order)
-    out, lse = IMPLEMENTATIONS[choose(impl, q, mask, formats, softmax_scale)].run(
+    out, lse = IMPLEMENTATIONS[choose(impl, q, mask, formats, softmax_scale, text_tokens)].run(
         q, k, v, table=table, order=order, mask=mask, precision=formats, softmax_scale=softmax_scale,
-        valid_tokens=valid_tokens, return_lse=return_lse,
+        valid_tokens=valid_tokens, text_tokens=text_tokens, return_lse=return_lse,
     )  # fmt: skip
     return out.contiguous(), lse.contiguous() if return_lse and lse is not None else _no_lse(q)
 
@@ -175,8 +211,8 @@ NAME = "paroattn::attention"
 torch.library.define(
     NAME,
     "(Tensor q, Tensor k, Tensor v, Tensor bits, int key_blocks, int query_block, int key_block, "
-    "Tensor? launch_order, Tensor table, Tensor order, Tensor? valid_tokens, str precision, float softmax_scale, "
-    "bool return_lse, str impl) -> (Tensor, Tensor)",
+    "Tensor? launch_order, Tensor table, Tensor order, Tensor? valid_tokens, SymInt text_tokens, str precision, "
+    "float softmax_scale, bool return_lse, str impl) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl(NAME, "default")(_attention)

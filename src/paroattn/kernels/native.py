@@ -116,6 +116,11 @@ def machine_code(file: str, arch: str, **macros: int | str) -> bytes:
     return compiled
 
 
+def compiler() -> str:
+    """Version of NVRTC, such as "13.0"."""
+    return ".".join(map(str, import_module("cuda.bindings.nvrtc").nvrtcVersion()[1:]))
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: PAROATTN_KERNEL_CACHE, else paroattn/kernels in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
@@ -129,7 +134,7 @@ def missing() -> str | None:
     """What these kernels lack here: the rule, what was found and the remedy; None if nothing."""
     try:
         _core()
-        import_module("cuda.bindings.nvrtc").nvrtcVersion()
+        compiler()
     except (ImportError, RuntimeError) as error:  # the second if there is no library to load
         first = str(error).splitlines()[0]
         return f"kernels in CUDA C++ need cuda.core and NVRTC; got {first}. pip install 'paroattn[native]'."

@@ -4,6 +4,7 @@
     Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
     K: (x − k̄) R → int8, one scale per key block
     V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
+    INT4: the integers of `four_bits`, packed or as bytes, which hold K's with their middles and of text those of INT8
 
 (x − k̄) R is computed as x R − k̄ R: 16-bit x and the signs of R are exact, so the product runs on matrix units.
 
@@ -14,6 +15,11 @@ Layout: q, k and 16-bit v (B, H, tokens, D'), 8-bit v (B, H, D', tokens), D' = 6
 Padding, of channels and of tokens, is 0; what pads the text counts as padding in K and V. 16-bit operands are only
 gathered. Swizzled, for products that read them where bulk copies put them: v (B, H, key blocks, D', tokens of a block),
 and row n of every 8-bit operand with its 16-byte pieces p at p ⊕ (n mod 8), or at p ⊕ (n / 2 mod 4) in rows of 64.
+
+Packed, two numbers share a byte, the first in its lower half: q (B, H, tokens, D' / 2); k (B, H, key blocks,
+tokens of a block + a 16th, D' / 2), where the lower and the upper four bits of each middle follow what is left of the
+tokens; v (B, H, key blocks, D', tokens of a block / 2). V's tokens and channels are renamed inside each group of 32:
+position 32 h + 8 t + 2 g + i of a token, and position 32 h + 8 g + 2 t + i of a channel, hold the other.
 """
 
 from dataclasses import dataclass
@@ -25,13 +31,36 @@ import triton.language as tl
 from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
+from . import four_bits
+from .elements import (
+    _carried_runs,
+    _four_bits,
+    _gather,
+    _middle,
+    _packed_runs,
+    _piece,
+    _rotate,
+    _round,
+    _store_packed,
+    _transposed_runs,
+)
 from .reference import MEAN_OF_EVERY
 from .tiles import INTERPRETED
+from .totals import _finish_kernel, _sum_kernel
 
 LOG2_E = 1.4426950408889634
 BIAS = 0x4B400000
 """These bits plus s, read as float32, are 12582912 + s for every integer |s| < 2²²."""
-STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {
+    "int8": torch.int8,
+    "int4": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+FOUR_BITS_TOP = {part: four_bits.HIGHEST / reach for part, reach in four_bits.REACH.items()}
+V_TOP = {"int8": 127.0, "int4": FOUR_BITS_TOP["v"], "fp8": 448.0}
+"""Where the largest value of a channel is put."""
 # fastest of those measured on an H200
 TOKENS_PER_SUM = 512
 TOKENS_AT_ONCE = 64
@@ -44,7 +73,7 @@ STAGES = 3
 
 @dataclass(frozen=True)
 class Operands:
-    """What the sparse kernel reads.
+    """What the sparse kernel reads; shapes of q, k and v unless packed.
 
     Attributes:
         q: (B, H, query tokens, D').
@@ -68,121 +97,6 @@ class Operands:
 
 
 @triton.jit
-def _gather(x_ptr, stride_n, stride_d, position, real, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Tokens of one head, (tokens, D_PAD) in their own dtype; 0 where not real and in the padding channels."""
-    d = tl.arange(0, D_PAD)
-    offsets = position.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d
-    return tl.load(x_ptr + offsets, mask=real[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _round(x):
-    """Nearest integer of float32 |x| < 2²², ties to even, as int32."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def _piece(row, column, BYTES: tl.constexpr, SWIZZLED: tl.constexpr):
-    """Where the bytes `column` of rows of 64 or 128 bytes lie in them."""
-    if SWIZZLED:
-        turn = row % 8 if BYTES == 128 else row // 2 % 4
-        return tl.max_contiguous(tl.multiple_of(column[None, :] ^ (turn * 16)[:, None], (1, 16)), (1, 16))
-    else:
-        return column[None, :]
-
-
-@triton.jit
-def _rotate(x, signs, ON_GPU: tl.constexpr):
-    """Multiply by ±1 on matrix units, with float32 as the sum of three bf16; the interpreter multiplies no bf16."""
-    if not ON_GPU:
-        return tl.dot(x.to(tl.float32), signs.to(tl.float32), input_precision="ieee")
-    elif x.dtype == tl.float32:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(high, signs, tl.dot(middle, signs, tl.dot(low, signs)))
-    else:
-        return tl.dot(x, signs)
-
-
-@triton.jit
-def _chunk(
-    x_ptr, row_ptr, out_ptr, stride_n, stride_d, start, limit,
-    LARGEST: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    TOKENS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Sum, or largest magnitude, of every EVERY-th token of a chunk."""
-    found = tl.zeros([STEP, D_PAD], tl.float32)
-    for first in range(start, start + TOKENS, STEP):
-        n = (first + tl.arange(0, STEP)) * EVERY
-        real = n < limit
-        position = tl.load(row_ptr + n, mask=real, other=0)
-        x = _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD).to(tl.float32)
-        if LARGEST:
-            found = tl.maximum(found, tl.abs(x))
-        else:
-            found += x
-    tl.store(out_ptr + tl.arange(0, D_PAD), tl.max(found, 0) if LARGEST else tl.sum(found, 0))
-
-
-@triton.jit
-def _sum_kernel(
-    k_ptr, v_ptr, table_ptr, order_ptr, valid_ptr, sums_ptr, largest_ptr,
-    k_stride_b, k_stride_n, k_stride_h, k_stride_d,
-    v_stride_b, v_stride_n, v_stride_h, v_stride_d,
-    N, H, K_CHUNKS, V_CHUNKS,
-    EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Sums of every EVERY-th real token of K and largest |V|, by chunks; grid (K's and V's chunks, B·H)."""
-    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
-    limit = tl.load(valid_ptr + b).to(tl.int32)
-    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
-    if chunk < K_CHUNKS:
-        k_ptr += b * k_stride_b + h * k_stride_h
-        sums_ptr += (bh * K_CHUNKS + chunk) * D_PAD
-        _chunk(k_ptr, row_ptr, sums_ptr, k_stride_n, k_stride_d, chunk * TOKENS, limit,
-               False, EVERY, D, D_PAD, TOKENS, STEP)  # fmt: skip
-    else:
-        chunk -= K_CHUNKS
-        v_ptr += b * v_stride_b + h * v_stride_h
-        largest_ptr += (bh * V_CHUNKS + chunk) * D_PAD
-        _chunk(v_ptr, row_ptr, largest_ptr, v_stride_n, v_stride_d, chunk * TOKENS, limit,
-               True, 1, D, D_PAD, TOKENS, STEP)  # fmt: skip
-
-
-@triton.jit
-def _finish_kernel(
-    sums_ptr, largest_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, v_scale_ptr,
-    H, K_CHUNKS, V_CHUNKS, v_top, smallest, norm,
-    HAS_K: tl.constexpr, HAS_V: tl.constexpr, EVERY: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Chunks → k̄, k̄ R and V's scales; grid (B·H,)."""
-    bh = tl.program_id(0).to(tl.int64)
-    step, d = tl.arange(0, STEP), tl.arange(0, D_PAD)
-    if HAS_K:
-        sums = tl.zeros([STEP, D_PAD], tl.float32)
-        for start in range(0, K_CHUNKS, STEP):
-            chunk = start + step
-            place = (bh * K_CHUNKS + chunk)[:, None] * D_PAD + d[None, :]
-            sums += tl.load(sums_ptr + place, mask=(chunk < K_CHUNKS)[:, None], other=0.0)
-        counted = tl.maximum((tl.load(valid_ptr + bh // H).to(tl.int32) + EVERY - 1) // EVERY, 1)
-        mean = tl.sum(sums, 0) / counted.to(tl.float32)
-        tl.store(mean_ptr + bh * D_PAD + d, mean)
-        signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :]).to(tl.float32)
-        tl.store(centre_ptr + bh * D_PAD + d, tl.sum(mean[:, None] * signs, 0) * norm)
-    if HAS_V:
-        largest = tl.zeros([STEP, D_PAD], tl.float32)
-        for start in range(0, V_CHUNKS, STEP):
-            chunk = start + step
-            place = (bh * V_CHUNKS + chunk)[:, None] * D_PAD + d[None, :]
-            found = tl.load(largest_ptr + place, mask=(chunk < V_CHUNKS)[:, None], other=0.0)
-            largest = tl.maximum(largest, found)
-        tl.store(v_scale_ptr + bh * D_PAD + d, tl.maximum(tl.max(largest, 0) / v_top, smallest))
-
-
-@triton.jit
 def _gather_kernel(
     x_ptr, table_ptr, order_ptr, valid_ptr, out_ptr,
     stride_b, stride_n, stride_h, stride_d,
@@ -203,13 +117,15 @@ def _gather_kernel(
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
+    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, feedback_ptr, out_ptr, scale_ptr,
+    shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H, BLOCKS, factor, softmax_scale, smallest, norm,
-    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr, SWIZZLED: tl.constexpr,
+    N, H, BLOCKS, VIDEO, factor, softmax_scale, smallest, norm, top, highest_middle,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, FOUR_BITS: tl.constexpr, PACKED: tl.constexpr, RUN: tl.constexpr,
+    ON_GPU: tl.constexpr, SWIZZLED: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H).
+    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H). Text begins at VIDEO.
 
     The rotation of 128 channels is one of 64 on either half, their sum and their difference.
     """
@@ -236,22 +152,55 @@ def _rows_kernel(
             left = tl.where(real[:, None], left - tl.load(centre_ptr + channels)[None, :], 0.0)
             if D_PAD == 128:
                 right = tl.where(real[:, None], right - tl.load(centre_ptr + channels + 64)[None, :], 0.0)
-        largest = tl.max(tl.abs(left), 1)
-        if D_PAD == 128:
-            largest = tl.maximum(largest, tl.max(tl.abs(right), 1))
+        if D_PAD == 64:
+            right = left
         rows = bh * BLOCKS * TOKENS + n
-        if IS_KEY:
-            scale = tl.maximum(tl.max(largest, 0) / 127.0, smallest)
-            tl.store(scale_ptr + (bh * BLOCKS + block) * (4 if SWIZZLED else 1), scale)
+        if IS_KEY and FOUR_BITS:
+            left_middle, right_middle = _middle(left, TOKENS, RUN), _middle(right, TOKENS, RUN)
+            rest = tl.maximum(tl.abs(left - left_middle), tl.abs(right - right_middle))
+            middle = tl.maximum(tl.abs(left_middle), tl.abs(right_middle))
+            in_eight = tl.full([TOKENS], 0, tl.int32) + (block + 1) * TOKENS > VIDEO
+            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)))
+            scale = tl.maximum(tl.max(rest) / top, tl.max(middle) / highest_middle)
+            scale = tl.maximum(tl.where((block + 1) * TOKENS > VIDEO, largest / 127.0, scale), smallest)
+            tl.store(scale_ptr + bh * BLOCKS + block, scale)
             inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
+            left_middle = _round(left_middle * inverse[:, None]).to(tl.float32)
+            right_middle = _round(right_middle * inverse[:, None]).to(tl.float32)
         else:
-            scale = tl.maximum(largest / 127.0, smallest)
-            tl.store(scale_ptr + rows, scale * factor)
-            inverse = 1.0 / scale
-        out = out_ptr + rows[:, None] * D_PAD
-        tl.store(out + _piece(n, d, D_PAD, SWIZZLED), _round(left * inverse[:, None]).to(tl.int8))
-        if D_PAD == 128:
-            tl.store(out + _piece(n, d + 64, D_PAD, SWIZZLED), _round(right * inverse[:, None]).to(tl.int8))
+            left_middle, right_middle = 0.0, 0.0
+            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)
+            if IS_KEY:
+                scale = tl.maximum(tl.max(largest, 0) / top, smallest)
+                tl.store(scale_ptr + (bh * BLOCKS + block) * (4 if SWIZZLED else 1), scale)
+                inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
+            else:
+                in_eight = n >= VIDEO
+                scale = tl.maximum(largest / (tl.where(in_eight, 127.0, top) if FOUR_BITS else top), smallest)
+                tl.store(scale_ptr + rows, scale * factor)
+                inverse = 1.0 / scale
+        left, right = left * inverse[:, None], right * inverse[:, None]
+        if FOUR_BITS:
+            head_ptr = feedback_ptr + bh * D_PAD * D_PAD
+            left_four, right_four = _four_bits(
+                left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS
+            )
+            if PACKED:
+                left, right = left_four, right_four
+            else:
+                left = tl.where(in_eight[:, None], left, left_four + left_middle)
+                right = tl.where(in_eight[:, None], right, right_four + right_middle)
+            if IS_KEY:
+                left, right = tl.where(real[:, None], left, 0.0), tl.where(real[:, None], right, 0.0)
+        if PACKED:
+            STORED: tl.constexpr = TOKENS + TOKENS // 16 if IS_KEY else TOKENS
+            block_ptr = out_ptr + (bh * BLOCKS + block) * (STORED * D_PAD // 2)
+            _store_packed(block_ptr, left, right, left_middle, right_middle, IS_KEY, RUN, D_PAD, TOKENS)
+        else:
+            out = out_ptr + rows[:, None] * D_PAD
+            tl.store(out + _piece(n, d, D_PAD, SWIZZLED), _round(left).to(tl.int8))
+            if D_PAD == 128:
+                tl.store(out + _piece(n, d + 64, D_PAD, SWIZZLED), _round(right).to(tl.int8))
         if HAS_SHIFT:
             shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
             if D_PAD == 128:
@@ -263,36 +212,50 @@ def _rows_kernel(
 def _values_kernel(
     v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H,
-    STORED: tl.constexpr, SWIZZLED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    N, H, carry,
+    STORED: tl.constexpr, PACKED: tl.constexpr, SWIZZLED: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """64 channels of one key block of V in 8 bits; grid (key blocks · D_PAD / 64, B·H)."""
+    """64 channels of one key block of V in 8 or 4 bits; grid (key blocks · D_PAD / 64, B·H)."""
     PARTS: tl.constexpr = D_PAD // 64
     block, bh = tl.program_id(0) // PARTS, tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(0) // PARTS
     first = tl.program_id(0) % PARTS * 64
     b, h = bh // H, bh % H
     place, d = tl.arange(0, TOKENS), first + tl.arange(0, 64)
-    token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
-    n = block * TOKENS + token
-    real = n < tl.load(valid_ptr + b)
-    position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + n, mask=real, other=0)
+    limit = tl.load(valid_ptr + b)
+    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
     v_ptr += b * stride_b + h * stride_h + first * stride_d
-    v = _gather(v_ptr, stride_n, stride_d, position, real, D - first, 64)
     tokens = blocks.to(tl.int64) * TOKENS
-    scaled = v.to(tl.float32) * (1.0 / tl.load(v_scale_ptr + bh * D_PAD + d))[None, :]
+    inverse = 1.0 / tl.load(v_scale_ptr + bh * D_PAD + d)
     if SWIZZLED:
         rows = (bh * blocks + block) * D_PAD + d
         out = out_ptr + rows[:, None] * TOKENS + _piece(d, place, TOKENS, True)
     else:
         out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
-    if STORED == "int8":
-        rounded = _round(scaled)
-        tl.store(out, tl.trans(rounded.to(tl.int8)))
-        start = tl.sum(rounded, 0) * 128 + 0x4B400000
-        tl.store(start_ptr + (bh * blocks + block) * D_PAD + d, start)
+    if STORED == "int4":
+        runs = _carried_runs(
+            v_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, block * TOKENS, D - first, TOKENS
+        )
+        if PACKED:
+            row = (d & ~30) | ((d & 24) >> 2) | ((d & 6) << 2)  # 32 h + 8 t + 2 g + i → 32 h + 8 g + 2 t + i
+            out = out_ptr + ((bh * blocks + block) * D_PAD + row)[:, None] * (TOKENS // 2)
+            tl.store(out + tl.arange(0, TOKENS // 2)[None, :], _packed_runs(runs, TOKENS))
+        else:
+            tl.store(out, _transposed_runs(runs, TOKENS))
     else:
-        tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
+        token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
+        n = block * TOKENS + token
+        position = tl.load(row_ptr + n, mask=n < limit, other=0)
+        v = _gather(v_ptr, stride_n, stride_d, position, n < limit, D - first, 64)
+        scaled = v.to(tl.float32) * inverse[None, :]
+        if STORED == "int8":
+            rounded = _round(scaled)
+            tl.store(out, tl.trans(rounded.to(tl.int8)))
+            start = tl.sum(rounded, 0) * 128 + 0x4B400000
+            tl.store(start_ptr + (bh * blocks + block) * D_PAD + d, start)
+        else:
+            tl.store(out, tl.trans(tl.clamp(scaled, -448.0, 448.0).to(tl.float8e4nv)))
 
 
 def prepare(
@@ -307,6 +270,8 @@ def prepare(
     precision: Precision,
     softmax_scale: float,
     with_shift: bool,
+    text_tokens: int = 0,
+    packed: bool = False,
     swizzled: bool = False,
 ) -> Operands:
     """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
@@ -320,7 +285,9 @@ def prepare(
         precision: Formats of the two products.
         softmax_scale: Factor on q·k.
         with_shift: Return `shift`, which lse needs.
-        swizzled: Store 8-bit operands swizzled.
+        text_tokens: How many tokens are text, the last ones in kernel order.
+        packed: For INT4 of both products without text: store two numbers in a byte.
+        swizzled: For INT8 Q·K: store 8-bit operands swizzled.
     """
     batch, tokens, heads, channels = q.shape
     d_pad = 64 if channels <= 64 else 128
@@ -347,7 +314,7 @@ def prepare(
         )  # fmt: skip
         _finish_kernel[(batch * heads,)](
             sums, largest, valid, signs, mean, centre, v_scale, heads, **chunks,
-            v_top=FORMATS[precision.pv].highest or 1.0, **constants, HAS_K=smoothed, HAS_V=scaled,
+            v_top=V_TOP.get(precision.pv, 1.0), **constants, HAS_K=smoothed, HAS_V=scaled,
             EVERY=MEAN_OF_EVERY, D_PAD=d_pad, STEP=TOKENS_AT_ONCE,
         )  # fmt: skip
 
@@ -360,20 +327,31 @@ def prepare(
         )  # fmt: skip
         return out
 
+    in_four_bits = precision.qk == "int4"
+    feedback = _feedback(q, k, mean, table, order, valid) if in_four_bits else {True: None, False: None}
+
     def rows(x: Tensor, blocks: int, size: int, is_key: bool) -> tuple[Tensor, Tensor | None]:
         if not smoothed:
             return gathered(x, blocks, size, precision.qk, not is_key), None
-        out = empty(blocks * size, d_pad, dtype=torch.int8)
+        if not packed:
+            out = empty(blocks * size, d_pad, dtype=torch.int8)
+        elif is_key:
+            out = empty(blocks, size + size // 16, d_pad // 2, dtype=torch.int8)
+        else:
+            out = empty(blocks * size, d_pad // 2, dtype=torch.int8)
         tile = size if is_key else min(size, 64)
         scale = empty(*((blocks, 4) if swizzled else (blocks,))) if is_key else empty(blocks * size)
         blocks = blocks * size // tile
         at_once = KEY_BLOCKS_AT_ONCE[d_pad] if is_key else BLOCKS_AT_ONCE
         _rows_kernel[(triton.cdiv(blocks, at_once), batch * heads)](
-            x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, out_ptr=out, scale_ptr=scale,
+            x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, feedback_ptr=feedback[is_key], out_ptr=out,
+            scale_ptr=scale, top=FOUR_BITS_TOP["k" if is_key else "q"] if in_four_bits else 127.0,
+            highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, FOUR_BITS=in_four_bits,
+            PACKED=packed, VIDEO=tokens - text_tokens if text_tokens else blocks * tile,
             shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
             factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
             HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED, SWIZZLED=swizzled,
-            **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=STAGES,
+            **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=1 if in_four_bits else STAGES,
             num_warps=8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4,
         )  # fmt: skip
         return out, scale
@@ -383,14 +361,29 @@ def prepare(
     if not scaled:
         v_ = gathered(v, key_blocks, block[1], precision.pv, False)
         return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
-    v_shape = (key_blocks, d_pad, block[1]) if swizzled else (d_pad, key_blocks * block[1])
+    v_blocks = (key_blocks, d_pad, block[1] // 2 if packed else block[1])
+    v_shape = v_blocks if packed or swizzled else (d_pad, key_blocks * block[1])
     v_ = empty(*v_shape, dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
-        STORED=precision.pv, SWIZZLED=swizzled, **sizes, TOKENS=block[1],
+        carry=four_bits.CARRY, STORED=precision.pv, PACKED=packed, SWIZZLED=swizzled, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
+
+
+def _feedback(q: Tensor, k: Tensor, mean: Tensor, table: Tensor, order: Tensor, valid: Tensor) -> dict[bool, Tensor]:
+    """`four_bits.feedback` for queries (False) and for keys (True), each from tokens of the other."""
+    heads, channels = q.shape[2:]
+    rotation = hadamard(mean.shape[-1])[:channels].to(q.device, torch.float32)
+    index = table[:, :: four_bits.SAMPLE_OF_EVERY][order.long()].T.long()  # (tokens, H)
+    place = torch.arange(len(index), device=q.device) * four_bits.SAMPLE_OF_EVERY
+    real = (place < valid[:, None])[:, None, :, None]
+    found = {}
+    for is_key, x, centre in ((True, q, 0.0), (False, k, mean[:, :, None, :channels])):
+        picked = x[:, index, torch.arange(heads, device=q.device)].transpose(1, 2).float()  # (B, H, tokens, D)
+        found[is_key] = four_bits.feedback((picked - centre).masked_fill(~real, 0) @ rotation).contiguous()
+    return found
 
 
 def _strides(x: Tensor, name: str = "") -> dict[str, int]:

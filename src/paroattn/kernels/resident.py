@@ -1,11 +1,13 @@
 """One phase of a layer's mask at a time on a device, always in the same memory."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from .attention import HeadGroup
 
 
 class ResidentMask:
@@ -58,3 +60,49 @@ def _written_over(old: BlockMask, new: BlockMask) -> BlockMask:
     kept: list[Tensor | None] = [None if before is None else before.copy_(after) for before, after in pairs]
     assert kept[0] is not None
     return BlockMask(kept[0], old.key_blocks, old.block, kept[1])
+
+
+class ResidentGroups:
+    """The heads of a layer by precision, each group with its own resident mask.
+
+    Heads are together if they have the same precision in every phase, so that groups stay what they are. They come in
+    the order of their precisions, whatever layer they are of.
+
+    Args:
+        precision: Of each head in each phase, [phase][head].
+        mask: Of all phases and heads, over the video, on the host.
+        order: Row of the gather table for each head, on the device where groups are wanted.
+        tokens: Of the video and of the text.
+        launch_order: Whether kernels will ask for `BlockMask.launch_order`.
+    """
+
+    def __init__(
+        self, precision: Sequence[Sequence[str]], mask: BlockMask, order: Tensor, tokens: tuple[int, int], *,
+        launch_order: bool,
+    ):  # fmt: skip
+        by_head = list(zip(*precision, strict=True))
+        self._names = sorted(set(by_head))
+        self._parts = []
+        for names in self._names:
+            index = torch.tensor([head for head, each in enumerate(by_head) if each == names])
+            part = BlockMask(mask.bits[:, index], mask.key_blocks, mask.block)
+            resident = ResidentMask(part, tokens, order.device, launch_order=launch_order, overwrite=True)
+            heads = index.to(order.device)
+            self._parts.append((_of_any_size(heads), _of_any_size(order[heads]), resident))
+
+    def follow(self, phase: int) -> tuple[HeadGroup, ...]:
+        """The groups in a phase."""
+        found = []
+        for names, (heads, order, resident) in zip(self._names, self._parts, strict=True):
+            mask = resident.follow(phase)
+            _of_any_size(mask.bits)
+            _of_any_size(mask._launch_order)
+            found.append(HeadGroup(heads, mask, order, names[phase]))
+        return tuple(found)
+
+
+def _of_any_size(tensor: Any) -> Any:
+    """Let compiled code take other numbers of heads without being compiled again."""
+    if tensor is not None:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor

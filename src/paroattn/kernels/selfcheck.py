@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..block_mask import BlockMask, blocks_of
 from ..grid import Grid, Layout, TextSpan
+from . import native
 from .attention import attention
 from .block_stats import block_stats
+from .library import FOUR_BIT_UNITS
 
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))
 HEAD_DIMS = (64, 128)
@@ -27,6 +29,8 @@ FACTOR = 2.0
 """An implementation may err so many times as much as the reference at the same precision."""
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 5.6e-3, torch.float16: 2e-3}
 """How far from the reference at the same precision, by dtype of the tensors: 45 dB below the output in bfloat16."""
+FLOOR_OF_FOUR_BITS = 0.03
+"""A p̂ that rounds another way differs by a fifteenth."""
 STATISTICS = {"mass": 0.01, "error": 0.02}
 FP8_FROM = (8, 9)
 
@@ -72,8 +76,13 @@ class Check:
 def configurations(device: torch.device) -> list[Configuration]:
     """Every configuration that this machine would use: its GPU's kernels, or the CPU path; see also `skipped`."""
     if device.type == "cuda":
-        eight_bits = ["int8/fp8"] if torch.cuda.get_device_capability(device) >= FP8_FROM else []
-        wanted = [("triton", precision, torch.bfloat16) for precision in (*eight_bits, "int8/int8", "bf16")]
+        has = torch.cuda.get_device_capability(device)
+        eight_bits = ["int8/fp8"] if has >= FP8_FROM else []
+        wanted = [
+            ("triton", precision, torch.bfloat16) for precision in (*eight_bits, "int8/int8", "int4/int4", "bf16")
+        ]
+        if has[0] == FOUR_BIT_UNITS and native.missing() is None:
+            wanted.append(("native", "int4/int4", torch.bfloat16))
     else:
         wanted = [("cpu", "fp32", torch.float32)]
         if _interpreted():
@@ -85,7 +94,9 @@ def skipped(device: torch.device) -> list[str]:
     """What is not checked here, and why."""
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device)
-        return [] if has >= FP8_FROM else [f"int8/fp8: this GPU has capability {has[0]}.{has[1]}, FP8 needs 8.9"]
+        left_out = [] if has >= FP8_FROM else [f"int8/fp8: this GPU has capability {has[0]}.{has[1]}, FP8 needs 8.9"]
+        missing = native.missing() if has[0] == FOUR_BIT_UNITS else None
+        return left_out if missing is None else [*left_out, f"int4/int4 on matrix units of four bits: {missing}"]
     if _interpreted():
         return ["int8/fp8, bf16, statistics, times: Triton's interpreter does not compute them as a GPU does"]
     return [
@@ -98,7 +109,7 @@ def check_kernels(device: torch.device) -> Iterator[Check]:
     """Check the reference, every configuration of `configurations`, and the statistics on a GPU, one at a time."""
     yield _timed("reference against attention written out, float64", 1e-10, lambda: _check_reference(device))
     for configuration in configurations(device):
-        allowed = FLOOR[configuration.dtype]
+        allowed = FLOOR_OF_FOUR_BITS if "int4" in configuration.precision else FLOOR[configuration.dtype]
         yield _timed(str(configuration), allowed, lambda each=configuration: _check(each, device))
     if device.type == "cuda":
         for head_dim, block in product(HEAD_DIMS, ((64, 64), (128, 128))):
@@ -129,8 +140,11 @@ def _timed(what: str, allowed: float, run: Callable[[], Errors]) -> Check:
 class _Inputs:
     """Inputs of a check, on a device."""
 
-    def __init__(self, block: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device):
-        grid, text, heads = (Grid(5, 9, 11) if device.type == "cuda" else Grid(3, 5, 11)), TextSpan(23), len(CHOSEN)
+    def __init__(
+        self, block: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device, text_tokens: int = 23
+    ):
+        grid, heads = (Grid(5, 9, 11) if device.type == "cuda" else Grid(3, 5, 11)), len(CHOSEN)
+        text = TextSpan(text_tokens)
         generator = torch.Generator().manual_seed(0)
         self.layout = Layout(grid, text)
         shape = (2, self.layout.tokens, heads, head_dim)
@@ -146,8 +160,9 @@ class _Inputs:
             "table": self.layout.table(ORDERS).to(device),
             "order": torch.tensor(CHOSEN, dtype=torch.int32, device=device),
             "text_tokens": text.tokens,
-            "valid_text": torch.tensor([text.tokens - 4, 3], device=device),
+            "valid_text": torch.tensor([text.tokens - 4, 3], device=device) if text.tokens else None,
         }
+        self.valid = torch.tensor([text.tokens - 4, 3] if text.tokens else [0, 0], device=device) + grid.tokens
 
     def run(self, impl: str, precision: str) -> Tensor:
         double = precision == "fp64"
@@ -159,12 +174,12 @@ class _Inputs:
     @property
     def real(self) -> Tensor:
         """1 for tokens that are no padding, (B, N, 1, 1); padding is last in the model's order too."""
-        valid = self.layout.grid.tokens + self.settings["valid_text"]
-        return (torch.arange(self.layout.tokens, device=valid.device) < valid[:, None])[..., None, None]
+        return (torch.arange(self.layout.tokens, device=self.valid.device) < self.valid[:, None])[..., None, None]
 
 
 def _check(wanted: Configuration, device: torch.device) -> Errors:
-    case = _Inputs(wanted.block, wanted.head_dim, wanted.dtype, device)
+    no_text = {"text_tokens": 0} if wanted.impl == "native" else {}
+    case = _Inputs(wanted.block, wanted.head_dim, wanted.dtype, device, **no_text)
     out, reference = case.run(wanted.impl, wanted.precision), case.run("reference", wanted.precision)
     exact = case.run("reference", "fp64")
     return _off(out, exact), _off(reference, exact), _off(out, reference)
@@ -175,8 +190,7 @@ def _check_reference(device: torch.device) -> Errors:
     case = _Inputs((64, 64), 64, torch.float64, device)
     tokens, block = case.layout.tokens, torch.arange(case.layout.tokens, device=device) // 64
     kept = case.mask.dense()[:, block][:, :, block]  # (H, N, N) in kernel order
-    valid = case.layout.grid.tokens + case.settings["valid_text"]
-    allowed = kept[None] & (torch.arange(tokens, device=device) < valid[:, None])[:, None, None]
+    allowed = kept[None] & (torch.arange(tokens, device=device) < case.valid[:, None])[:, None, None]
     place = case.settings["table"].long()[case.settings["order"].long()]
     out = torch.zeros_like(case.q)
     for head, index in enumerate(place):

@@ -6,7 +6,7 @@
             s = q k_jᵀ                          INT8: the accumulator starts at BIAS and is read as a float
             b = rowmax s · scale
             m' = max(m, b)
-            INT8 p:    p̂ = round(exp2(s · scale − b) · 255)          stored against the block's own maximum
+            INT p:     p̂ = round(exp2(s · scale − b) · top)          stored against the block's own maximum
                    total = total · exp2(m − m') + rowsum p̂ · exp2(b − m')
                    acc = acc · exp2(m − m') + p̂ v_j · exp2(b − m')
         others:    p = exp2(s · scale − m') · top, total and acc as usual
@@ -18,7 +18,7 @@ The key block in which the real tokens end is the only one that is masked; it co
 
 Layout: operands of `prepare`; out (B, N, H, D) and lse (B, H, N) in the model's token order. Grid: tiles one after the
 other, densest head first, all batch elements of a head together, and its longest rows first.
-Not handled: head dimensions above 128, formats other than int8, fp8 (P·V only), bf16 and fp16.
+Not handled: head dimensions above 128, formats other than int8, int4 (in bytes), fp8 (P·V only), bf16 and fp16.
 """
 
 from typing import Any
@@ -32,7 +32,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..block_mask import BlockMask
 from ..precision import Precision
 from .prepare import LOG2_E, Operands, _signs, prepare
-from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, LOWEST_CAPABILITY, Pipeline, Ring, Tile, capability, tile_of
+from .tiles import (
+    BLOCKS,
+    INTERPRETED,
+    LARGEST_HEAD,
+    LOWEST_CAPABILITY,
+    WARPS,
+    Pipeline,
+    Ring,
+    Tile,
+    Warps,
+    capability,
+    tile_of,
+    units,
+)
 from .toolchain import check_toolchain
 
 
@@ -53,9 +66,18 @@ def _rename(p, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
+def _dither(ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """12582912 plus what `four_bits.DITHER` has for row and key."""
+    key, y = tl.arange(0, KEYS)[None, :], tl.arange(0, ROWS)[:, None] & 3
+    x = y ^ ((key & 1) | ((key >> 2) & 2))
+    return (((x & 1) << 3) | ((y & 1) << 2) | (x & 2) | (y >> 1) | 0x4B400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _key_block(
     j, m, total, acc, q, q_scale, k_ref, k_scale_ptr, v_ref, v_start_ptr, k_row, v_row, v_stride, scale_row, limit,
-    QK: tl.constexpr, PV: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, ON_GPU: tl.constexpr,
+    QK: tl.constexpr, PV: tl.constexpr, TOP: tl.constexpr, LOG2_TOP: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ON_GPU: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: m, total and acc after key block j."""
@@ -80,16 +102,22 @@ def _key_block(
     highest = (top - offset) * scale
     new = tl.maximum(m, highest)
     old_share = _exp2(m - new, ON_GPU)
-    if PV == "int8":
+    if PV == "int8" or PV == "int4":
         origin = -(top * scale)
-        unit = 255.0 * _exp2(-tl.fma(top, scale, origin), ON_GPU)  # undoes what rounding did to origin
+        unit = TOP * _exp2(-tl.fma(top, scale, origin), ON_GPU)  # undoes what rounding did to origin
         p = _exp2(tl.fma(s, scale[:, None], origin[:, None]), ON_GPU)
+    if PV == "int4":
+        bits = tl.fma(p, unit[:, None], _dither(ROWS, KEYS)).to(tl.int32, bitcast=True)
+        p = (bits >> 4) & 15
+        added = tl.sum(p, 1).to(tl.float32)
+        p = _rename(p.to(tl.int8), ROWS, KEYS)
+    elif PV == "int8":
         bits = tl.fma(p, unit[:, None], 12582784.0).to(tl.int32, bitcast=True)  # + BIAS − 128: the low byte is p̂ − 128
         added = (tl.sum(bits, 1) - KEYS * 0xFF80) & 0xFFFF  # the sum of p̂, whatever wrapped around
         added = (added | 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         p = _rename(bits.to(tl.int8), ROWS, KEYS)
     elif PV == "fp8":
-        p = _exp2(tl.fma(s, scale[:, None], 8.807354922057604 - (new + offset * scale)[:, None]), ON_GPU)  # log2 448
+        p = _exp2(tl.fma(s, scale[:, None], LOG2_TOP - (new + offset * scale)[:, None]), ON_GPU)
         added = tl.sum(p, 1)
         p = _rename(p.to(tl.float8e4nv), ROWS, KEYS)
     else:
@@ -110,11 +138,14 @@ def _key_block(
             v = v_ref.load([v_row, first])
         else:
             v = tl.load(v_ref + d[:, None] * v_stride + (first + n)[None, :])  # (D_PAD, KEYS)
-        if PV == "int8":
+        if PV == "int8" or PV == "int4":
             share = _exp2(highest - new, ON_GPU)
             added *= share
-            start = tl.load(v_start_ptr + (scale_row + j) * D_PAD + d)
-            start = tl.broadcast_to(start[None, :], [ROWS, D_PAD])
+            if PV == "int8":
+                start = tl.load(v_start_ptr + (scale_row + j) * D_PAD + d)
+                start = tl.broadcast_to(start[None, :], [ROWS, D_PAD])
+            else:
+                start = tl.full([ROWS, D_PAD], 0x4B400000, tl.int32)
             pv = tl.dot(p, tl.trans(v), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
             acc = acc * old_share[:, None] + (pv * share[:, None] - (12582912.0 * share)[:, None])
         else:
@@ -128,7 +159,8 @@ def _sparse_kernel(
     q_ptr, k_ref, v_ref, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_start_ptr, shift_ptr,
     lists_ptr, counts_ptr, bits_ptr, tiles_ptr, table_ptr, order_ptr, valid_ptr, out_ptr, lse_ptr,
     B, N, H, ROW_BLOCKS, KEY_BLOCKS, BYTES, q_scale,
-    QK: tl.constexpr, PV: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    QK: tl.constexpr, PV: tl.constexpr, TOP: tl.constexpr, LOG2_TOP: tl.constexpr,
+    HAS_LSE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     DESCRIPTORS: tl.constexpr, ON_GPU: tl.constexpr, PLAIN_DOT: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +200,7 @@ def _sparse_kernel(
         j = tl.load(list_ptr + i).to(tl.int32)
         m, total, acc = _key_block(
             j, m, total, acc, q, row_scale, k, k_scale_ptr, v, v_start_ptr, k_row, v_row, v_stride, scale_row, 0,
-            QK, PV, False, DESCRIPTORS, ON_GPU, ROWS, KEYS, D_PAD,
+            QK, PV, TOP, LOG2_TOP, False, DESCRIPTORS, ON_GPU, ROWS, KEYS, D_PAD,
         )  # fmt: skip
     valid = tl.load(valid_ptr + b).to(tl.int32)
     j = valid // KEYS
@@ -177,19 +209,18 @@ def _sparse_kernel(
             m, total, acc = _key_block(
                 j, m, total, acc, q, row_scale, k, k_scale_ptr, v, v_start_ptr, k_row, v_row, v_stride, scale_row,
                 valid,
-                QK, PV, True, DESCRIPTORS, ON_GPU, ROWS, KEYS, D_PAD,
+                QK, PV, TOP, LOG2_TOP, True, DESCRIPTORS, ON_GPU, ROWS, KEYS, D_PAD,
             )  # fmt: skip
 
     out = acc * (1.0 / tl.maximum(total, 1e-30))[:, None]
-    if PV == "int8" or PV == "fp8":
+    if PV != "half":
         out *= tl.load(v_scale_ptr + bh * D_PAD + d)[None, :]
     position = tl.load(table_ptr + tl.load(order_ptr + h).to(tl.int64) * N + rows, mask=rows < N, other=0)
     out_rows = (b.to(tl.int64) * N + position) * H + h
     inside = (rows < N)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + out_rows[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
     if HAS_LSE:
-        unit = 7.994353436858858 if PV == "int8" else 8.807354922057604 if PV == "fp8" else 0.0
-        lse = (m + tl.log2(tl.maximum(total, 1e-30)) - unit) * 0.6931471805599453
+        lse = (m + tl.log2(tl.maximum(total, 1e-30)) - LOG2_TOP) * 0.6931471805599453
         if HAS_SHIFT:
             lse += tl.load(shift_ptr + q_rows)
         tl.store(lse_ptr + bh * N + position, tl.where(total > 0, lse, float("-inf")), mask=rows < N)
@@ -224,9 +255,13 @@ def sparse_attention(
     precision: Precision,
     softmax_scale: float,
     valid_tokens: Tensor | None = None,
+    text_tokens: int = 0,
     return_lse: bool = True,
+    four_bit_units: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention on a GPU: arguments and results of `reference_attention`, lse on request.
+
+    With `four_bit_units`, INT4 of both products runs on matrix units of four bits.
 
     Raises:
         ValueError: If blocks, head dimension or softmax_scale are not handled.
@@ -237,10 +272,15 @@ def sparse_attention(
     if valid_tokens is None:
         valid_tokens = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        tile = tile_of(capability(q.device), precision, mask.block, 64 if q.shape[-1] <= 64 else 128)
+        d_pad = 64 if q.shape[-1] <= 64 else 128
+        if four_bit_units:
+            tile = WARPS[d_pad, mask.block[1]]
+        else:
+            tile = tile_of(capability(q.device), precision, mask.block, d_pad)
         operands = prepare(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
-            softmax_scale=softmax_scale, with_shift=return_lse, swizzled=isinstance(tile, Pipeline),
+            softmax_scale=softmax_scale, with_shift=return_lse, text_tokens=text_tokens, packed=four_bit_units,
+            swizzled=isinstance(tile, Pipeline),
         )  # fmt: skip
         return attend(
             operands, q.shape, q.dtype, table=table, order=order, mask=mask, precision=precision, tile=tile,
@@ -257,7 +297,7 @@ def attend(
     order: Tensor,
     mask: BlockMask,
     precision: Precision,
-    tile: Tile | Ring | Pipeline,
+    tile: Tile | Ring | Pipeline | Warps,
     softmax_scale: float,
     valid: Tensor,
     return_lse: bool,
@@ -286,12 +326,16 @@ def attend(
 
         hopper.launch(
             operands.q, operands.k, operands.v, operands.v_start, block=mask.block, ring=tile,
-            programs=programs, PV=precision.pv, **arguments,
+            programs=programs, **units(precision), **arguments,
         )  # fmt: skip
     elif isinstance(tile, Pipeline):
         from . import sm90
 
         sm90.launch(operands, block=mask.block, pipeline=tile, programs=programs, pv=precision.pv, **arguments)
+    elif isinstance(tile, Warps):
+        from . import int4
+
+        int4.launch(operands, tile, mask.block, programs, **arguments)
     else:
         scale = softmax_scale * LOG2_E
         _launch(
@@ -304,7 +348,8 @@ def _launch(
     operands: Operands, tile: Tile, block: tuple[int, int], programs: int, precision: Precision, **arguments: Any
 ) -> None:
     """Run the portable kernel."""
-    d_pad, keys, eight_bits = operands.q.shape[-1], block[1], precision.pv in ("int8", "fp8")
+    parts = units(precision)
+    d_pad, keys, eight_bits = operands.q.shape[-1], block[1], parts["PV"] != "half"
     rows = min(tile.rows, block[0])
     split = block[0] // rows
     k, v = operands.k, operands.v
@@ -312,9 +357,8 @@ def _launch(
         k = TensorDescriptor.from_tensor(k.view(-1, d_pad), [keys, d_pad])
         v = TensorDescriptor.from_tensor(v.view(-1, v.shape[-1]), [d_pad, keys] if eight_bits else [keys, d_pad])
     _sparse_kernel[(programs * split,)](
-        operands.q, k, v, **arguments, QK="int8" if precision.qk == "int8" else "half",
-        PV=precision.pv if eight_bits else "half", DESCRIPTORS=tile.descriptors,
-        ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and precision.qk != "int8",
+        operands.q, k, v, **arguments, **parts, DESCRIPTORS=tile.descriptors,
+        ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and parts["QK"] == "half",
         ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

@@ -1,17 +1,23 @@
 """How the attention kernels are compiled: by GPU, precision, head dimension and block."""
 
+import math
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import triton
 
 from ..precision import Precision
+from .reference import P_TOP
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 BLOCKS = tuple(product((64, 128), repeat=2))
 LARGEST_HEAD = 128
-LOWEST_CAPABILITY = {"int8": (8, 0), "fp16": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
+LOWEST_CAPABILITY = {"int8": (8, 0), "int4": (8, 0), "fp16": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
+
+STORED_AS = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
+"""Four bits travel in bytes, the same integers; `int4.py` alone uses matrix units of four bits."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,21 @@ class Pipeline:
     on_fma: int = 0
 
 
+@dataclass(frozen=True)
+class Warps:
+    """How a program of `cuda/int4.cu` is compiled.
+
+    Attributes:
+        rows: Query rows of a program, 16 for each warp; at most a query block.
+        stages: Key blocks in flight.
+        programs: How many a multiprocessor is to hold, which limits their registers.
+    """
+
+    rows: int
+    stages: int
+    programs: int
+
+
 TILES = {
     # (from capability, format of P·V, D'): fastest of those measured on an H200 from (9, 0) on, else without spills
     ((9, 0), "fp8", 128): Tile(64, 4, 3, descriptors=True),
@@ -104,15 +125,34 @@ RINGS = {
     ("int8", 64, 64): Ring(4, 96, matrix_sums=True),
 }
 """Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
+WARPS = {
+    # (D', tokens of a key block): as many programs as there are registers for without spills
+    (128, 128): Warps(64, 2, 2),
+    (128, 64): Warps(64, 2, 2),
+    (64, 128): Warps(64, 2, 3),
+    (64, 64): Warps(64, 2, 4),
+}
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
+def units(precision: Precision) -> dict[str, Any]:
+    """Compile-time arguments of the attention kernels.
+
+    QK, PV: what the products are made of. TOP: what p is multiplied by before it is rounded; four bits are what is left
+    of eight. LOG2_TOP: of what one is stored as.
+    """
+    qk, pv = STORED_AS.get(precision.qk, "half"), precision.pv if precision.pv in STORED_AS else "half"
+    top = P_TOP.get(precision.pv, 1.0)
+    return {"QK": qk, "PV": pv, "TOP": 16 * top if pv == "int4" else top, "LOG2_TOP": math.log2(top)}
 
 
 def tile_of(has: tuple[int, int], precision: Precision, block: tuple[int, int], d_pad: int) -> Tile | Ring:
     """How a GPU of a compute capability does a precision, with these blocks and this padded head dimension."""
-    ring = RINGS.get((precision.pv, d_pad, block[1])) if precision.qk == "int8" else None
+    parts = units(precision)
+    pv = STORED_AS.get(parts["PV"], "half")
+    ring = RINGS.get((pv, d_pad, block[1])) if parts["QK"] == "int8" else None
     if ring and has[0] == 9 and HAS_GLUON and not INTERPRETED:
         return ring
-    pv = precision.pv if precision.pv in ("int8", "fp8") else "half"
     known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= has]
     return TILES[max(known), pv, d_pad]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,7 +80,6 @@ def _component(name: str, plan: TransformerPlan) -> str:
     carried = plan.made.get(CARRIED)
     known = call if isinstance(call, Mapping) and not carried else {}
     size = [f"{key} {known[key]}" for key in _CALLED_WITH if known.get(key) is not None]
-    formats = Counter(each for layer in plan.layers.values() for heads in layer.precision for each in heads)
     rows = {
         "model": plan.model_class,
         "self-attentions": f"{len(plan.layers)} of {plan.heads} heads × {plan.head_dim}",
@@ -90,7 +88,7 @@ def _component(name: str, plan: TransformerPlan) -> str:
         "pipeline called with": ", ".join(size) or None,
         "text in the sequence": f"{plan.text.tokens} tokens, {plan.text.side}" if plan.text.tokens else "none",
         "block": f"{plan.block[0]} query × {plan.block[1]} key tokens",
-        "precision": ", ".join(f"{form} ({count / formats.total():.0%})" for form, count in formats.most_common()),
+        "precision": ", ".join(f"{form} ({share:.0%})" for form, share in plan.precision_shares().items()),
         "configuration, SHA-256": plan.config_sha256,
     }
     return _table((name, ""), [(key, value) for key, value in rows.items() if value is not None])

@@ -23,6 +23,10 @@ from .workloads import Workload
 Kind = tuple[int, str, tuple[int, int]]
 """Head dimension, formats "QK/PV", and tokens of a block."""
 MODES = ("eager", "compiled")
+FOUR_BIT_UNITS = ("sm_80", "sm_86", "sm_87", "sm_89")
+"""Architectures with matrix units for four-bit integers, by published peak rates twice as fast as for eight."""
+ARCHITECTURES = (*FOUR_BIT_UNITS, "sm_90", "sm_100", "sm_103", "sm_120")
+"""What a GPU without packaged rates may be named by."""
 RATES = Path(__file__).parent / "rates.json"
 BF16 = 2
 
@@ -243,6 +247,32 @@ def rates_of(gpu: str) -> Rates:
             "on the GPU that it runs on."
         )
     return known[gpu]
+
+
+def check_gpu(gpu: str) -> None:
+    """Check that something is known of a GPU: its rates, or what its matrix units can do.
+
+    Raises:
+        TimeUnknown: If nothing is.
+    """
+    if gpu not in (*gpus(), *ARCHITECTURES):
+        raise TimeUnknown(
+            f"a GPU must be {', '.join(gpus())}, of which times are known, or an architecture, of which none are: "
+            f"{', '.join(ARCHITECTURES)}; got {gpu!r}"
+        )
+
+
+def saved_by_four_bits(gpu: str, head_dim: int, block: tuple[int, int]) -> float:
+    """Share of a kept block's time in INT8 that INT4 saves.
+
+    As measured where both were. Else a half on architectures with matrix units for it, which is what peak rates promise
+    and no kernel keeps, and nothing elsewhere.
+    """
+    known = _packaged()[gpu].kernels if gpu in _packaged() else {}
+    eight, four = (known.get((head_dim, formats_of(name), block)) for name in ("int8", "int4"))
+    if eight is not None and four is not None:
+        return max(0.0, 1 - four.block_ns / eight.block_ns)
+    return 0.5 if gpu in FOUR_BIT_UNITS else 0.0
 
 
 @cache

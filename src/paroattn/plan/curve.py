@@ -15,6 +15,7 @@ from torch import Tensor
 from ..block_mask import blocks_of
 from ..grid import Layout
 from .cost import Call, Rates, TimeUnknown, formats_of, kept_blocks, rates_of
+from .mixing import Mixing
 from .threshold import CERTAIN, HALF, Tally
 from .workloads import Workload
 
@@ -41,6 +42,7 @@ class Point:
         attention_ms: All self-attentions of one forward; None where times are not known.
         attention_speedup: Dense over that.
         speedup: One compiled forward, dense over this; None where times are not known, or the model is not.
+        heads_int4: Share of the heads in INT4; None where all heads have another precision.
     """
 
     density: float
@@ -48,6 +50,7 @@ class Point:
     attention_ms: float | None = None
     attention_speedup: float | None = None
     speedup: float | None = None
+    heads_int4: float | None = None
 
     @property
     def snr_db(self) -> float | None:
@@ -72,7 +75,7 @@ class Prices:
         layout: Of the sequence.
         call: Size of one self-attention.
         block: Tokens of a query block and of a key block.
-        precision: Of every head.
+        precision: Of every head, but for those in INT4, of which `attention_ms` is told.
         around_ms: One forward but its self-attentions; None if the model is not known.
     """
 
@@ -117,6 +120,8 @@ class Prices:
     def attention_ms(self, kept: Tensor, shares: Tensor) -> Tensor:
         """All self-attentions of one forward: of (layers, phases, …) kept blocks, mean over phases by their share.
 
+        A block in INT4 counts as the part of one that it takes.
+
         A layer that dense attention would serve faster runs dense.
         """
         of_layer = torch.einsum("lp...,p->l...", self.sparse_ms(kept), shares)
@@ -130,14 +135,16 @@ class Curve:
         tally: Blocks by score.
         shares: Share of the steps of each phase.
         of_sample: Errors are those of the finished sample. Otherwise of attention's output, mean over layers.
+        mixing: What rounding adds to the errors, and which heads are in INT4; None if that is not counted.
         prices: What blocks cost; None if that is not known.
         why: What is not known of times, for messages.
     """
 
     def __init__(
-        self, tally: Tally, shares: Sequence[float], *, of_sample: bool, prices: Prices | None = None, why: str = ""
-    ):
-        self.of_sample, self.prices, self.why = of_sample, prices, why
+        self, tally: Tally, shares: Sequence[float], *, of_sample: bool, prices: Prices | None = None, why: str = "",
+        mixing: Mixing | None = None,
+    ):  # fmt: skip
+        self.of_sample, self.prices, self.why, self.mixing = of_sample, prices, why, mixing
         counts, weights = tally.counts, torch.tensor(shares, dtype=torch.float64)
         used = torch.cat([counts.sum((0, 1)).nonzero()[:, 0], torch.tensor([CERTAIN >> HALF])]).unique()
         counts = counts[..., used]  # (layers, phases, scores)
@@ -145,8 +152,13 @@ class Curve:
         costs = torch.tensor(tally.costs, dtype=torch.float64)
         spent = torch.einsum("lps,p->s", kept.double(), costs)
         loss = torch.einsum("lps,p->s", counts.double(), weights) * _scores(used)
-        loss /= 1 if of_sample else len(counts)
         lost = loss.cumsum(0) - loss
+        if mixing is not None:
+            self._first = mixing.first(kept, _scores(used), weights)
+            in_four = self._first[..., None] <= torch.arange(len(used))  # (layers, heads, scores)
+            lost = lost + mixing.eight.sum() + (in_four * mixing.added[..., None]).sum((0, 1))
+            kept = kept * (1 - mixing.saved * in_four.double().mean(1, keepdim=True))
+        lost /= 1 if of_sample else len(counts)
         self._density, self._error = (part.flip(0) for part in (spent / spent[0], lost))  # densities rise
         self._ms = None if prices is None else prices.attention_ms(kept, weights).flip(0)
         self._dense_ms = None if prices is None else len(counts) * prices.dense_ms()
@@ -160,11 +172,18 @@ class Curve:
         """The point at a density, or at the nearest one there is."""
         density = min(max(density, self.lowest), 1.0)
         error = self._between(self._error, density)
+        in_four = None if self.mixing is None else float(self.in_four_bits(density).double().mean())
         if self._ms is None or self._dense_ms is None or self.prices is None:
-            return Point(density, error)
+            return Point(density, error, heads_int4=in_four)
         ms, around = self._between(self._ms, density), self.prices.around_ms
         whole = None if around is None else (self._dense_ms + around) / (ms + around)
-        return Point(density, error, ms, self._dense_ms / ms, whole)
+        return Point(density, error, ms, self._dense_ms / ms, whole, in_four)
+
+    def in_four_bits(self, density: float) -> Tensor:
+        """Which heads are in INT4 at a density, bool (layers, heads)."""
+        assert self.mixing is not None
+        right = min(int(torch.searchsorted(self._density, density)), len(self._density) - 1)
+        return self._first <= len(self._density) - 1 - right
 
     def points(self, also: Sequence[float] = ()) -> list[Point]:
         """Points for a table, densest first."""
@@ -175,9 +194,14 @@ class Curve:
         """The least density whose predicted error is no larger.
 
         Raises:
-            OutOfReach: If that of every density is smaller.
+            OutOfReach: If that of every density is smaller, or larger.
         """
-        largest = float(self._error[0])
+        largest, smallest = float(self._error[0]), float(self._error[-1])
+        if error < smallest:
+            raise OutOfReach(
+                f"a target error must be at least {smallest:.3g} ({_decibels(smallest)}), which rounding alone is "
+                f"predicted to cost; got {error:.3g} ({_decibels(error)}). Ask for a larger error or more bits."
+            )
         if error > largest:
             raise OutOfReach(
                 f"a target error must be at most {largest:.3g} ({_decibels(largest)}), which is predicted at the least "

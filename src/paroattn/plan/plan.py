@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +126,10 @@ class TransformerPlan:
         """Density by (layers, phases, heads)."""
         return torch.stack([layer.mask.head_density() for layer in self.layers.values()])
 
+    def precision_shares(self) -> dict[str, float]:
+        """Share of the heads in each precision, largest first, phases counting with their share of steps."""
+        return precision_shares([layer.precision for layer in self.layers.values()], self.phases)
+
     def phase_at(self, noise_level: float) -> int:
         """Index of the phase that a noise level belongs to."""
         return phase_at(self.phases, noise_level)
@@ -200,6 +204,17 @@ class TransformerPlan:
                 f"(configuration {shortened(self.config_sha256)}); this model has {theirs} "
                 f"({shortened(sha256_of(config))}). {remedy}"
             )
+
+
+def precision_shares(layers: Sequence[Sequence[Sequence[str]]], phases: Sequence[Phase]) -> dict[str, float]:
+    """Share of the heads in each precision, largest first, of precisions [layer][phase][head]."""
+    found: dict[str, float] = {}
+    for layer in layers:
+        for phase, heads in zip(phases, layer, strict=True):
+            for name in heads:
+                found[name] = found.get(name, 0.0) + phase.share / len(heads)
+    total = sum(found.values())
+    return {name: found[name] / total for name in sorted(found, key=lambda name: -found[name])}
 
 
 def own_config(transformer: Any) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from ..block_mask import BlockMask
 from ..capture import CaptureSettings, Statistics
 from ..capture.regrid import RegriddedStatistics
 from ..grid import check_order
-from ..phases import Phase, check_ends, phase_at, phases_of
+from ..phases import check_ends, phases_of
 from ..precision import Precision
-from .cost import Call, TimeUnknown
+from .cost import Call, TimeUnknown, formats_of, saved_by_four_bits
 from .curve import Curve, Prices, described
+from .mixing import AUTO, Mixing
 from .plan import CARRIED, LayerPlan, TransformerPlan
+from .ranking import Ranking
 from .scores import MASK_SCORES, ORDER_SCORES
 from .threshold import select, tally
 from .workloads import known_model
@@ -45,14 +47,18 @@ class PlanSettings:
         orders: Candidate orders; the statistics must hold them. None: all that they hold, which for a calibration are
             the six axis orders and the tiles.
         phase_ends: Shares of the calibration schedule's steps at which phases end.
-        precision: Precision of every head. None: fp32, or the model's own dtype where it is known.
+        precision: Precision of every head, or "auto" for INT4 where it pays on the GPU and INT8 elsewhere. None: fp32,
+            or the model's own dtype where it is known.
+        int4_share: With "auto", how many of the heads are in INT4, 0…1, wherever it pays: those that are predicted to
+            lose least by it.
         sensitivity: Weigh predicted errors by what the calibration found phases and layers to matter for the finished
             sample, if it measured that; with the budget "layer_normalised".
         error: Instead of a density, the predicted relative squared error: of the finished sample if the calibration
             measured sensitivity, else of attention's output. `curve.error_of` turns dB into it.
         speedup: Instead of a density, how many times faster one compiled forward of the transformer is predicted to be
             than with dense attention.
-        gpu: Where times are predicted.
+        gpu: Where times are predicted: a name as PyTorch has it, or an architecture such as "sm_89", of which nothing
+            but its matrix units is known.
     """
 
     density: float | None = None
@@ -66,6 +72,7 @@ class PlanSettings:
     error: float | None = None
     speedup: float | None = None
     gpu: str = GPU
+    int4_share: float | None = None
 
     def __post_init__(self):
         self._check_target()
@@ -77,7 +84,35 @@ class PlanSettings:
         for order in self.orders or ():
             check_order(order)
         check_ends(self.phase_ends)
-        Precision.parse(self.precision or "fp32")
+        Precision.parse(self.each_precision)
+        self._check_mixing()
+
+    @property
+    def each_precision(self) -> str:
+        """Precision of every head, but for those that are in INT4 by choice."""
+        return "int8" if self.precision == AUTO else self.precision or "fp32"
+
+    @property
+    def may_be_int4(self) -> bool:
+        """Whether heads are in INT4, or may be."""
+        return self.precision == AUTO or formats_of(self.each_precision) == formats_of("int4")
+
+    def _check_mixing(self) -> None:
+        if self.int4_share is not None and (self.precision != AUTO or not 0 <= self.int4_share <= 1):
+            raise ValueError(
+                f"int4_share must be 0…1 and come with the precision {AUTO}; got {self.int4_share} with "
+                f"{self.precision}"
+            )
+        if self.precision == AUTO and not self._in_units_of_error:
+            raise ValueError(
+                f"the precision {AUTO} needs blocks scored by output_error under the budget layer_normalised; got "
+                f"{self.mask_score} and {self.budget}. Give int8 or int4."
+            )
+
+    @property
+    def _in_units_of_error(self) -> bool:
+        """Whether scores of blocks are errors that can be compared and summed."""
+        return (self.mask_score, self.budget) == ("output_error", "layer_normalised")
 
     def _check_target(self) -> None:
         given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
@@ -92,7 +127,7 @@ class PlanSettings:
                 raise ValueError(f"a target {name} must be above 0; got {given[name]}")
         if self.density is None and self.budget == "per_head":
             raise ValueError("a target error or speed-up needs one threshold; got the budget per_head. Give a density.")
-        if self.error is not None and (self.mask_score, self.budget) != ("output_error", "layer_normalised"):
+        if self.error is not None and not self._in_units_of_error:
             raise ValueError(
                 "a target error needs blocks scored by output_error under the budget layer_normalised; got "
                 f"{self.mask_score} and {self.budget}. Give a density."
@@ -143,26 +178,37 @@ def make_plan(
     made = {"settings": asdict(settings), "calibration": statistics.made}
     if draft.curve is not None:
         made["curve"] = described(draft.curve, draft.density)
+    if draft.curve is not None and settings.precision == AUTO and draft.curve.mixing is not None:
+        share = float(draft.in_four_bits().double().mean())
+        made["precision"] = {"int4_share": share, "why": draft.curve.mixing.explained(settings.gpu, share)}
+    each = dict(zip(draft.chosen, draft.precisions(), strict=True))
     return TransformerPlan(
-        model_class=statistics.model_class,
-        heads=statistics.heads,
-        head_dim=statistics.head_dim,
-        grid=statistics.layout.grid,
-        text=statistics.layout.text,
-        block=statistics.settings.block,
+        **of_model(statistics),
         phases=draft.phases,
         layers={
             layer: LayerPlan(
                 orders=tuple(names[index] for index in draft.chosen[layer].tolist()),
                 mask=BlockMask.from_dense(kept, statistics.settings.block).to("cpu"),
-                precision=((settings.precision or "fp32",) * statistics.heads,) * len(draft.phases),
+                precision=(each[layer],) * len(draft.phases),
             )
             for layer, kept in draft.masks()
         },
         made=made | _carried(statistics),
-        config=statistics.made.get("config"),
-        component=statistics.made.get("component"),
     )
+
+
+def of_model(statistics: Statistics) -> dict[str, Any]:
+    """What a plan says of the model, the grid and the blocks that were measured."""
+    return {
+        "model_class": statistics.model_class,
+        "heads": statistics.heads,
+        "head_dim": statistics.head_dim,
+        "grid": statistics.layout.grid,
+        "text": statistics.layout.text,
+        "block": statistics.settings.block,
+        "config": statistics.made.get("config"),
+        "component": statistics.made.get("component"),
+    }
 
 
 class Draft:
@@ -201,22 +247,59 @@ class Draft:
     def masks(self) -> Iterator[tuple[str, Tensor]]:
         """Every layer and its kept blocks, bool (phases, heads, Nq, Nk)."""
         if self.settings.budget == "per_head":
-            return ((layer, self._maps.each_head(layer)) for layer in self.chosen)
-        return select(list(self.chosen), self._costs, self._maps.ranked, self.density, self._tally)
+            return ((layer, self._ranking.each_head(layer)) for layer in self.chosen)
+        return select(list(self.chosen), self._costs, self._ranking.ranked, self.density, self._tally)
+
+    def in_four_bits(self) -> Tensor:
+        """Which heads are in INT4 by choice, bool (layers, heads)."""
+        if self.curve is None or self.curve.mixing is None or self.settings.precision != AUTO:
+            return torch.zeros(len(self.chosen), self.statistics.heads, dtype=torch.bool)
+        return self.curve.in_four_bits(self.density)
+
+    def precisions(self) -> list[tuple[str, ...]]:
+        """Precision of each head, by layer."""
+        names = (self.settings.each_precision, "int4")
+        return [tuple(names[four] for four in heads) for heads in self.in_four_bits().tolist()]
 
     def _follow(self, density: float) -> None:
         """Choose orders for a density, and count blocks by their scores then."""
         at, statistics = self.settings.at(density), self.statistics
         self.density = density
         self.chosen = {layer: choose_orders(statistics, layer, at) for layer in statistics.layers}
-        self._maps = _Maps(statistics, self.chosen, self.phases, at, self.device)
+        self._ranking = Ranking(statistics, self.chosen, self.phases, at, self.device)
         self._tally = self.curve = None
         if at.budget != "per_head":
-            self._tally = tally(list(self.chosen), self._costs, self._maps.ranked)
+            self._tally = tally(list(self.chosen), self._costs, self._ranking.ranked)
             prices, why = _prices(statistics, self.settings)
             weighed = bool(statistics.level_weights) and at.sensitivity and at.budget == "layer_normalised"
             shares = [phase.share for phase in self.phases]
-            self.curve = Curve(self._tally, shares, of_sample=weighed, prices=prices, why=why)
+            mixing = self._mixing()
+            self.curve = Curve(self._tally, shares, of_sample=weighed, prices=prices, why=why, mixing=mixing)
+
+    def _mixing(self) -> Mixing | None:
+        """What INT4 costs each head, where some or all heads are to be in it.
+
+        Raises:
+            ValueError: If that was not measured and the plan cannot be made without.
+        """
+        settings, statistics = self.settings, self.statistics
+        if not settings.may_be_int4 or not settings._in_units_of_error:
+            return None
+        found = [self._ranking.rounding(layer) for layer in self.chosen]
+        known = [each for each in found if each is not None]
+        if len(known) < len(found):
+            if settings.precision != AUTO and settings.error is None:
+                return None
+            raise ValueError(
+                "the statistics must hold what INT4 costs each head, to choose between INT4 and INT8 or to predict an "
+                "error in INT4; these were measured without. Calibrate again, or give a density and another precision."
+            )
+        eight, four = torch.stack(known, 1)
+        if settings.precision != AUTO:
+            return Mixing(eight, four, 0.0, share=1.0)
+        saved = saved_by_four_bits(settings.gpu, statistics.head_dim, statistics.settings.block)
+        doubted = bool(statistics.level_weights) and settings.sensitivity and statistics.rounding_weight is None
+        return Mixing(eight, four, saved, settings.int4_share, doubted)
 
     def _target(self) -> float:
         """The density that meets a target error or speed-up."""
@@ -237,7 +320,7 @@ def _prices(statistics: Statistics, settings: PlanSettings) -> tuple[Prices | No
     except ValueError as unknown:
         why = str(unknown)
     try:
-        block, precision = statistics.settings.block, settings.precision or "fp32"
+        block, precision = statistics.settings.block, settings.each_precision
         return Prices.of(settings.gpu, layout, call, block, precision, model), why
     except TimeUnknown as unknown:
         return None, str(unknown)
@@ -278,7 +361,7 @@ def block_scores(statistics: Statistics, plan: TransformerPlan, settings: PlanSe
             "Give those that the plan was made from."
         )
     chosen = {name: torch.tensor([names.index(order) for order in layer.orders]) for name, layer in plan.layers.items()}
-    return _Maps(statistics, chosen, plan.phases, settings, "cpu").ranked
+    return Ranking(statistics, chosen, plan.phases, settings, "cpu").ranked
 
 
 def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) -> Tensor:
@@ -303,60 +386,3 @@ def choose_orders(statistics: Statistics, layer: str, settings: PlanSettings) ->
     candidates = torch.tensor([names.index(order) for order in allowed])
     density = settings.density or DENSITY
     return candidates[score_of(statistics, layer, density)[candidates].argmin(0)]
-
-
-class _Maps:
-    """Scores of the chosen orders, made anew whenever they are asked for."""
-
-    def __init__(
-        self, statistics: Statistics, chosen: dict[str, Tensor], phases: tuple[Phase, ...], settings: PlanSettings,
-        device: str,
-    ):  # fmt: skip
-        self.statistics, self.settings, self.device = statistics, settings, device
-        self.chosen = {} if statistics.chosen else chosen  # the statistics have a single order then
-        self.levels: list[list[float]] = [[] for _ in phases]
-        for level in statistics.noise_levels:
-            self.levels[phase_at(phases, level)].append(level)
-        self._heaviest: dict[tuple[str, int], Tensor] = {}
-
-    def ranked(self, layer: str, phase: int) -> Tensor:
-        """What keeping each block is worth, (heads, Nq, Nk); infinite for the heaviest of each row."""
-        levels, key = self.levels[phase], (layer, phase)
-        score = self._of(MASK_SCORES[self.settings.mask_score](self.statistics, layer, levels, self.device), layer)
-        if self.settings.budget == "layer_normalised":
-            size = _size(self.statistics, layer, self.settings.mask_score)
-            score *= self._weight(layer, levels) / float(size)
-        if key not in self._heaviest:
-            self._heaviest[key] = self._of(self.statistics.heaviest(layer, levels, self.device), layer)[..., None].cpu()
-        return score.scatter_(-1, self._heaviest[key].to(self.device), torch.inf)
-
-    def _weight(self, layer: str, levels: list[float]) -> float:
-        """What an error of this layer at these noise levels matters, 1 where that was not measured."""
-        known = self.statistics.level_weights if self.settings.sensitivity else {}
-        if not known:
-            return 1.0
-        of_levels = sum(known[level] for level in levels) / len(levels)
-        return of_levels * self.statistics.layer_weights.get(layer, 1.0)
-
-    def each_head(self, layer: str) -> Tensor:
-        """Kept blocks at the same density in every head and phase, (phases, heads, Nq, Nk)."""
-        kept = []
-        for phase in range(len(self.levels)):
-            ranked = self.ranked(layer, phase)
-            flat = ranked.flatten(-2)
-            count = max(ranked.shape[-2], int((self.settings.density or DENSITY) * flat.shape[-1]))
-            best = flat.topk(count, -1).indices
-            kept.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True).view(ranked.shape))
-        return torch.stack(kept)
-
-    def _of(self, found: Tensor, layer: str) -> Tensor:
-        """Of every head what belongs to its order, (heads, …)."""
-        if layer not in self.chosen:
-            return found[0]
-        order = self.chosen[layer].to(found.device)
-        return found[order, torch.arange(len(order), device=found.device)]
-
-
-def _size(statistics: Statistics, layer: str, mask_score: str) -> Tensor:
-    """What makes a layer's scores comparable: its output power, or 1 for mass, which sums to 1 in every row."""
-    return statistics.mean(layer, "output_power") if mask_score == "output_error" else torch.ones(())
