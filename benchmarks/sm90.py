@@ -35,50 +35,42 @@ from shapes import SHAPES, block_mask, draw, kept_pairs, tensors
 from timing import gpu_medians
 
 ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
-CLUSTER = Pipeline(programs=3, stages=2, cluster=2)
 PAIR = Pipeline(programs=1, stages=5, warpgroups=2, ahead=True)
-TURNS, SUMMED = replace(PAIR, turns=True), replace(ALONE[64], matrix_sums=True)
-AHEAD = Pipeline(programs=3, stages=3, ahead=True)
+HALVES = {128: replace(PAIR, ahead=False, halves=2), 64: Pipeline(programs=2, stages=4, halves=2)}
+CLUSTER = Pipeline(programs=2, stages=3, cluster=2, halves=2)
+PARTS = replace(HALVES[64], programs=3, stages=3, span=64)
 VARIANTS = {
     (128, "fp8"): {
         "alone": ALONE[128],
-        "cluster": CLUSTER,
-        "cluster, summed by matrices": replace(CLUSTER, matrix_sums=True),
-        "cluster, summed by matrices, never promoted": replace(CLUSTER, matrix_sums=True, promote=0),
-        "cluster, 1/16 multiplied": replace(CLUSTER, on_fma=1),
-        "pair, one after the other": replace(PAIR, ahead=False, matrix_sums=True),
-        "pair": PAIR,
-        "pair, summed by matrices": replace(PAIR, matrix_sums=True),
-        "pair, in turns": replace(TURNS, matrix_sums=True),
-        "pair, in turns, never promoted": replace(TURNS, matrix_sums=True, promote=0),
-        "pair, in turns, 1/8 multiplied": replace(TURNS, matrix_sums=True, on_fma=2),
+        "alone, summed by matrices": replace(ALONE[128], matrix_sums=True),
+        "pair, ahead, summed by matrices": replace(PAIR, matrix_sums=True),
+        "pair, in halves": HALVES[128],
+        "pair, in halves, summed by matrices": replace(HALVES[128], matrix_sums=True),
+        "pair, three quarters, summed by matrices": replace(HALVES[128], halves=3, matrix_sums=True),
+        "cluster, in halves": CLUSTER,
+        "cluster, in halves, summed by matrices": replace(CLUSTER, matrix_sums=True),
     },
     (128, "int8"): {
         "alone": ALONE[128],
-        "cluster": CLUSTER,
-        "cluster, 1/16 multiplied": replace(CLUSTER, on_fma=1),
-        "pair": PAIR,
-        "pair, in turns": TURNS,
+        "pair, ahead": PAIR,
+        "pair, in halves": HALVES[128],
+        "pair, three quarters": replace(HALVES[128], halves=3),
+        "cluster, in halves": CLUSTER,
     },
     (64, "fp8"): {
         "alone": ALONE[64],
-        "alone, three stages": replace(ALONE[64], stages=3),
-        "alone, 1/8 multiplied": replace(ALONE[64], on_fma=2),
-        "alone, 3/16 multiplied": replace(ALONE[64], on_fma=3),
-        "alone, summed by matrices": SUMMED,
-        "alone, summed by matrices, never promoted": replace(SUMMED, promote=0),
-        "alone, summed by matrices, 1/8 multiplied": replace(SUMMED, on_fma=2),
-        "alone, summed by matrices, 3/16 multiplied": replace(SUMMED, on_fma=3),
-        "alone, summed by matrices, 1/4 multiplied": replace(SUMMED, on_fma=4),
-        "ahead, summed by matrices": replace(AHEAD, matrix_sums=True),
-        "ahead, summed by matrices, 1/8 multiplied": replace(AHEAD, matrix_sums=True, on_fma=2),
+        "alone, summed by matrices": replace(ALONE[64], matrix_sums=True),
+        "in halves, summed by matrices": replace(HALVES[64], matrix_sums=True),
+        "in halves, summed by matrices, 1/8 multiplied": replace(HALVES[64], matrix_sums=True, on_fma=2),
+        "parts, in halves": PARTS,
+        "parts, in halves, summed by matrices": replace(PARTS, matrix_sums=True),
+        "parts, in halves, summed by matrices, 1/8 multiplied": replace(PARTS, matrix_sums=True, on_fma=2),
     },
     (64, "int8"): {
         "alone": ALONE[64],
-        "alone, three stages": replace(ALONE[64], stages=3),
-        "alone, 1/16 multiplied": replace(ALONE[64], on_fma=1),
-        "alone, 1/8 multiplied": replace(ALONE[64], on_fma=2),
-        "ahead": AHEAD,
+        "in halves": HALVES[64],
+        "in halves, 1/8 multiplied": replace(HALVES[64], on_fma=2),
+        "parts, in halves": PARTS,
     },
 }
 BLOCK = {64: "64x128", 128: "128x128"}

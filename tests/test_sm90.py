@@ -32,6 +32,8 @@ PADDED = (LAYOUT.tokens - 9, LAYOUT.tokens - 143)
 ALONE = Pipeline(programs=3, stages=2)
 CLUSTER = replace(ALONE, cluster=2)
 AHEAD = Pipeline(programs=3, stages=3, ahead=True)
+HALVES = Pipeline(programs=2, stages=3, halves=2)
+PAIR = Pipeline(programs=1, stages=3, warpgroups=2, halves=3, matrix_sums=True)
 TURNS = Pipeline(programs=1, stages=2, warpgroups=2, ahead=True, turns=True)
 
 
@@ -191,7 +193,13 @@ CASES = {
     "FP8, cluster": (CLUSTER, Case(*WIDE, "fp8")),
     "FP8, summed by matrices": (replace(ALONE, matrix_sums=True, on_fma=2), Case(*NARROW, "fp8")),
     "FP8, promoted late": (replace(TURNS, promote=2, matrix_sums=True), Case(*WIDE, "fp8")),
-    "FP8, never promoted": (replace(AHEAD, promote=0), Case(*RAGGED, "fp8")),
+    "in halves": (HALVES, Case(*NARROW, "int8")),
+    "FP8, in halves": (replace(HALVES, halves=1), Case(*RAGGED, "fp8")),
+    "FP8, in halves, by parts": (replace(HALVES, halves=2, span=64, matrix_sums=True), Case(*NARROW, "fp8")),
+    "in halves, by parts": (replace(HALVES, span=64), Case(*NARROW, "int8", PADDED)),
+    "cluster in halves": (replace(HALVES, cluster=2), Case(*WIDE, "int8")),
+    "FP8, pair in halves": (PAIR, Case(*WIDE, "fp8")),
+    "padded text, pair in halves": (replace(PAIR, matrix_sums=False), Case(*WIDE, "int8", PADDED)),
     "padded text, cluster": (CLUSTER, Case(*WIDE, "int8", PADDED)),
     "padded text, pair in turns": (TURNS, Case(*WIDE, "int8", PADDED)),
     "half precision": (ALONE, Case(*NARROW, "int8", dtype=torch.float16)),
@@ -203,7 +211,7 @@ def test_it_equals_the_reference(name, emulated):
     assert_right(*CASES[name])
 
 
-@pytest.mark.parametrize("name", ["cluster", "pair in turns", "ahead"])
+@pytest.mark.parametrize("name", ["cluster", "pair in turns", "ahead", "in halves", "FP8, pair in halves"])
 def test_whatever_comes_late_the_result_is_the_same(name, emulated):
     results = []
     for emulated[0] in range(2, 5):

@@ -374,6 +374,8 @@ void more_registers() {}
 template <int COUNT>
 void fewer_registers() {}
 
+DEVICE void meet_warp() { machine::meet(machine::now->warps[machine::now->current / 32], 32); }
+
 DEVICE bool any_lane(bool x) {
     bool any = false;
     for (u64 lane : machine::exchange(x)) any |= lane;
@@ -476,13 +478,26 @@ void products_wait() {
 template <class T, int N>
 void settle(T (&)[N]) {}
 
+DEVICE u32 moved(u32 x) { return x; }
+
 template <int COUNT>
-void multiply_scores(u32 (&scores)[COUNT], u64 q, u64 k) {
-    machine::now->fibres[machine::now->current].open.push_back({true, true, true, 2 * COUNT, q, k, {}, scores});
+struct Columns {};
+
+template <int COLUMNS, int N>
+void multiply_scores(Columns<COLUMNS>, u32 (&scores)[N], u64 q, u64 k) {
+    machine::now->fibres[machine::now->current].open.push_back({true, true, true, COLUMNS, q, k, {}, scores});
 }
 
-template <class T, int COUNT>
-void multiply_values(T (&sums)[COUNT], const u32& a, const u32& b, const u32& c, const u32& d, u64 v, bool add) {
+template <int COLUMNS, int N>
+void multiply_bytes(Columns<COLUMNS>, u32 (&sums)[N], const u32& a, const u32& b, const u32& c, const u32& d, u64 v,
+                    bool add) {
     machine::now->fibres[machine::now->current].open.push_back(
-        {sizeof(T) == 4 && T(0.5f) == T(0), false, add, 2 * COUNT, 0, v, {&a, &b, &c, &d}, sums});
+        {true, false, add, COLUMNS, 0, v, {&a, &b, &c, &d}, sums});
+}
+
+template <int COLUMNS, int N>
+void multiply_fp8(Columns<COLUMNS>, u32 (&sums)[N], const u32& a, const u32& b, const u32& c, const u32& d, u64 v,
+                  bool add) {
+    machine::now->fibres[machine::now->current].open.push_back(
+        {false, false, add, COLUMNS, 0, v, {&a, &b, &c, &d}, sums});
 }

@@ -63,7 +63,10 @@ class Pipeline:
         cluster: Programs on neighbouring multiprocessors that share loads: 1, or all parts of a query block.
         ahead: Multiply the values of a block while the weights of the next are made.
         turns: Two warpgroups start products in turns.
-        promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32; 0: all.
+        halves: Of four quarters of the weights of a block, those made while values of the block before are multiplied;
+            the others are made while the next scores are. 0: all at once.
+        span: Keys of a block that are taken at once, with `halves`; 0: all.
+        promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32.
         matrix_sums: FP8 rows are summed by matrix units, after rounding.
         on_fma: Of sixteen exponentials, those computed by multiplications.
     """
@@ -74,6 +77,8 @@ class Pipeline:
     cluster: int = 1
     ahead: bool = False
     turns: bool = False
+    halves: int = 0
+    span: int = 0
     promote: int = 1
     matrix_sums: bool = False
     on_fma: int = 0

@@ -18,9 +18,10 @@
 // of ones. ON_FMA: so many of sixteen exponentials are computed by multiplications.
 #include <sm90_ring.cuh>
 
-constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
+constexpr int SCORES = SPAN / 2;  // per thread, like all that follow
 constexpr int OUT = HEAD_DIM / 2;
 constexpr int SUMS = OUT + (MATRIX_SUMS ? 4 : 0);
+constexpr int MIDDLE = SCORES * HALFWAY / 4;
 
 constexpr u32 BIAS_BITS = 0x4B400000;
 constexpr float BIAS = 12582912.0f;
@@ -66,7 +67,8 @@ struct Rows {
     bool grown;
 
     // Biased scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
-    DEVICE void look(const u32 (&s)[SCORES], float k_scale) {
+    template <int N>
+    DEVICE void look(const u32 (&s)[N], float k_scale) {
         float highest[2];
         u32 top[2];
 #pragma unroll
@@ -99,28 +101,37 @@ struct Rows {
         }
     }
 
-    // Biased scores → the bits of p.
-    DEVICE void weigh(u32 (&s)[SCORES]) {
+    // Biased scores from a number on → x of p = 2ˣ.
+    template <int FROM, int N>
+    DEVICE void place(const u32 (&s)[SCORES], u32 (&x)[N]) {
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) {
-            const int r = i / 2 % 2;
-            const float x = multiply_add(as_float(s[i]), scale[r], origin[r]);
-            const float p = on_fma(i / 4 * 2 + i % 2) ? exp2_multiplied(x) : exp2_unit(x);
-            if (!INT8_VALUES && !MATRIX_SUMS) total[r] += p;
-            s[i] = as_bits(p);
+        for (int i = 0; i < N; ++i)
+            x[i] = as_bits(multiply_add(as_float(s[FROM + i]), scale[i / 2 % 2], origin[i / 2 % 2]));
+    }
+
+    // x → the bits of p.
+    template <int N>
+    DEVICE void raise(u32 (&x)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const float p = on_fma(i / 4 * 2 + i % 2) ? exp2_multiplied(as_float(x[i])) : exp2_unit(as_float(x[i]));
+            if (!INT8_VALUES && !MATRIX_SUMS) total[i / 2 % 2] += p;
+            x[i] = as_bits(p);
         }
     }
 
-    // p in 8 bits: register 2 h + r of 32 keys has columns 16 h + 8 g + 2 t + i of row r for bytes 2 g + i.
-    DEVICE void round(const u32 (&s)[SCORES], u32 (&p)[SCORES / 4]) {
+    // p in 8 bits, to registers from a number on: of 32 keys, 2 h + r has columns 16 h + 8 g + 2 t + i of row r for
+    // bytes 2 g + i.
+    template <int TO, int N, int M>
+    DEVICE void round(const u32 (&s)[N], u32 (&p)[M]) {
         u32 sum[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < SCORES / 4; ++i) {
+        for (int i = 0; i < N / 4; ++i) {
             const int r = i % 2, first = i / 2 * 8 + 2 * r;
             const float a = as_float(s[first]), b = as_float(s[first + 1]);
             const float c = as_float(s[first + 4]), d = as_float(s[first + 5]);
-            p[i] = INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
-            if (INT8_VALUES) sum[r] = add_bytes(p[i], sum[r]);
+            p[TO + i] = INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
+            if (INT8_VALUES) sum[r] = add_bytes(p[TO + i], sum[r]);
         }
         if (INT8_VALUES) {
 #pragma unroll
@@ -134,12 +145,6 @@ struct Rows {
     }
 };
 
-#if INT8_VALUES
-typedef u32 Sum;
-#else
-typedef float Sum;
-#endif
-
 struct Consumer {
     const Arguments& a;
     const Work& w;
@@ -147,8 +152,10 @@ struct Consumer {
     const int warpgroup;
     Rows rows;
     float acc[SUMS];
-    Sum sums[SUMS];  // products with V that are not yet in acc
+    u32 sums[SUMS];  // products with V that are not yet in acc, floats for FP8
     u32 s[SCORES], p[SCORES / 4];
+    float factor[2];
+    u32 early[MIDDLE / 4], rest[SCORES - MIDDLE];
 
     DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
         : a(a), w(w), memory(memory), warpgroup(same_in_warp(thread() / 128)) {
@@ -160,57 +167,67 @@ struct Consumer {
     }
 
     // Scores of nothing, early, since it takes as many instructions as there are scores.
-    DEVICE void clear() {
+    template <int N>
+    DEVICE void clear(u32 (&s)[N]) {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
         settle(s);
     }
 
-    DEVICE void start_scores(const Place& at) {
+    template <int N>
+    DEVICE void start_scores(u32 (&s)[N], const Place& at) {
         products_begin();
         const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
-        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
+        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT + at.part * SPAN * HEAD_DIM);
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 32; ++c) multiply_scores(s, q + 2 * c, k + 2 * c);
+        for (int c = 0; c < HEAD_DIM / 32; ++c) multiply_scores(Columns<SPAN>(), s, q + 2 * c, k + 2 * c);
         products_commit();
     }
 
-    DEVICE void start_values(const Place& at, int i) {
+    template <int N>
+    DEVICE void start_values(u32 (&sums)[N], const Place& at, int i) {
         products_begin();
-        const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
+        const u64 v = descriptor<KEYS>(at.at(memory) + V_AT) + at.part * SPAN / 16;
         const bool fresh = PROMOTE > 0 && i % (PROMOTE + !PROMOTE) == 0;
 #pragma unroll
-        for (int c = 0; c < KEYS / 32; ++c) {
+        for (int c = 0; c < SPAN / 32; ++c) {
             const u32* four = p + 4 * c;
-            if constexpr (PROMOTE > 0)
-                multiply_values(sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+            if constexpr (INT8_VALUES)
+                multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
             else
-                multiply_values(acc, four[0], four[1], four[2], four[3], v + 2 * c, true);
+                multiply_fp8(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
         }
         products_commit();
     }
 
     // Scores of block i, complete → its weights.
     DEVICE void weigh(int i, float k_scale) {
-        if (i == w.whole) hide();
+        if (i == w.whole) hide(s, 0);
         rows.look(s, k_scale);
-        rows.weigh(s);
+        rows.place<0>(s, s);
+        rows.raise(s);
         settle(s);
     }
 
     // Scores of keys that are not real.
-    DEVICE void hide() {
+    template <int N>
+    DEVICE void hide(u32 (&s)[N], int first) {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i)
-            if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
+            if (first + i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
     }
 
     // What has been added in the scale of the new maxima: in float32, and in the matrix units' registers.
-    template <int N, class T>
-    DEVICE void shrink(T (&sum)[N]) {
+    DEVICE void shrink(float (&sum)[SUMS]) {
         if (!rows.grown) return;
 #pragma unroll
-        for (int d = 0; d < N; ++d) sum[d] *= rows.shrink[d / 2 % 2];
+        for (int d = 0; d < SUMS; ++d) sum[d] *= rows.shrink[d / 2 % 2];
+    }
+
+    DEVICE void shrink(u32 (&sum)[SUMS]) {
+        if (!rows.grown) return;
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d) sum[d] = as_bits(as_float(sum[d]) * rows.shrink[d / 2 % 2]);
     }
 
     // Whether the products of block i, or of −1, before all, complete a sum.
@@ -219,21 +236,16 @@ struct Consumer {
     }
 
     // Products, complete, into acc.
-    DEVICE void promote(const float (&factor)[2]) {
+    template <int N>
+    DEVICE void promote(const u32 (&sums)[N], const float (&factor)[2]) {
 #pragma unroll
         for (int d = 0; d < SUMS; ++d)
-            acc[d] = multiply_add(INT8_VALUES ? to_float((u32)sums[d]) : (float)sums[d], factor[d / 2 % 2], acc[d]);
-    }
-
-    DEVICE void settle_sums() {
-        if constexpr (PROMOTE > 0)
-            settle(sums);
-        else
-            settle(acc);
+            acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), factor[d / 2 % 2], acc[d]);
     }
 
     // This warp has read a stage: all that copy into it hear of it.
     DEVICE void release(const Place& at) {
+        meet_warp();
         const int lane = thread() % 32;
         if constexpr (CLUSTER == 1) {
             if (lane == 0) barrier_arrive(at.empty(memory));
@@ -249,9 +261,9 @@ struct Consumer {
     DEVICE void in_order(Refill refill) {
         Place now;
         for (int i = 0; i < w.count; ++i) {
-            clear();
+            clear(s);
             barrier_wait(now.full(memory), now.odd);
-            start_scores(now);
+            start_scores(s, now);
             if (i > 0) refill(i - 1 + STAGES);
             const float scale = k_scale(now);
             products_wait<0>();
@@ -259,12 +271,12 @@ struct Consumer {
             weigh(i, scale);
             shrink(acc);
             if constexpr (PROMOTE > 1) shrink(sums);
-            rows.round(s, p);
-            start_values(now, i);
+            rows.round<0>(s, p);
+            start_values(sums, now, i);
             products_wait<0>();
-            settle_sums();
+            settle(sums);
             release(now);
-            if (is_promoted(i) || (PROMOTE > 0 && i + 1 == w.count)) promote(rows.share);
+            if (is_promoted(i) || (PROMOTE > 0 && i + 1 == w.count)) promote(sums, rows.share);
             now.next();
         }
     }
@@ -275,21 +287,21 @@ struct Consumer {
         if (w.count == 0) return;
         if (TURNS && warpgroup == 1 && w.count > 1) turn_give<CONSUMERS>(1);
         Place now;
-        clear();
+        clear(s);
         barrier_wait(now.full(memory), now.odd);
-        start_scores(now);
+        start_scores(s, now);
         products_wait<0>();
         settle(s);
         weigh(0, k_scale(now));
-        rows.round(s, p);
+        rows.round<0>(s, p);
         for (int i = 1; i < w.count; ++i) {
             const Place before = now;
             now.next();
-            clear();
+            clear(s);
             barrier_wait(now.full(memory), now.odd);
             if (TURNS) turn_wait<CONSUMERS>(1 + warpgroup);
-            start_scores(now);
-            start_values(before, i - 1);
+            start_scores(s, now);
+            start_values(sums, before, i - 1);
             if (TURNS && (warpgroup == 0 || i + 1 < w.count)) turn_give<CONSUMERS>(2 - warpgroup);
             if (i > 1) refill(i - 2 + STAGES);
             const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
@@ -298,21 +310,78 @@ struct Consumer {
             weigh(i, scale);
             if constexpr (PROMOTE > 0) shrink(acc);  // a branch: the compiler moves no weights behind the wait
             products_wait<0>();
-            settle_sums();
+            settle(sums);
             release(before);
             const float factor[2] = {share[0] * rows.shrink[0], share[1] * rows.shrink[1]};
             if constexpr (PROMOTE == 0)
                 shrink(acc);
             else if (is_promoted(i - 1))
-                promote(factor);
+                promote(sums, factor);
             else
                 shrink(sums);
-            rows.round(s, p);
+            rows.round<0>(s, p);
         }
-        start_values(now, w.count - 1);
+        start_values(sums, now, w.count - 1);
         products_wait<0>();
-        settle_sums();
-        if (PROMOTE > 0) promote(rows.share);
+        settle(sums);
+        if (PROMOTE > 0) promote(sums, rows.share);
+    }
+
+    // Weights of a block are made in two parts: the first while values of the block before are multiplied, the second
+    // while the scores of the next one are.
+    template <class Refill>
+    DEVICE void crossed(Refill refill) {
+        if (w.count == 0) return;
+        Place now;
+        clear(s);
+        barrier_wait(now.full(memory), now.odd);
+        start_scores(s, now);
+        products_wait<0>();
+        settle(s);
+        first_part(0, now);
+        rows.place<MIDDLE>(s, rest);
+        for (int i = 0; i + 1 < w.count * PARTS; ++i) {
+            clear(s);
+            const Place before = now;
+            now.next();
+            barrier_wait(now.full(memory), now.odd);
+            start_scores(s, now);
+            second_part();
+            if (i > 0 && before.part == 0) refill(i / PARTS - 1 + STAGES);  // a branch too
+            products_wait<0>();
+            settle(s);
+            start_values(sums, before, 0);
+            first_part(i + 1, now);
+            products_wait<0>();
+            settle(sums);
+            if (before.is_last_of_block()) release(before);
+            promote(sums, factor);
+            rows.place<MIDDLE>(s, rest);
+        }
+        second_part();
+        start_values(sums, now, 0);
+        products_wait<0>();
+        settle(sums);
+        promote(sums, rows.share);
+    }
+
+    DEVICE void first_part(int i, const Place& at) {
+        const float share[2] = {rows.share[0], rows.share[1]};
+        if (i / PARTS == w.whole) hide(s, at.part * SPAN);
+        rows.look(s, k_scale(at));
+        u32 x[MIDDLE];
+        rows.place<0>(s, x);
+        rows.raise(x);
+        rows.round<0>(x, early);
+        shrink(acc);  // a branch: the compiler moves no weights behind the wait
+        factor[0] = share[0] * rows.shrink[0], factor[1] = share[1] * rows.shrink[1];
+    }
+
+    DEVICE void second_part() {
+#pragma unroll
+        for (int j = 0; j < MIDDLE / 4; ++j) p[j] = moved(early[j]);
+        rows.raise(rest);
+        rows.round<MIDDLE / 4>(rest, p);
     }
 
     // acc / total to its places in the model's order.
@@ -420,7 +489,9 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
         for (int i = 0; i < STAGES; ++i) refill(i);
         Consumer consumer(a, w, memory);
         barrier_wait(memory + Q_FULL_AT, 0);
-        if constexpr (AHEAD)
+        if constexpr (CROSSED)
+            consumer.crossed(refill);
+        else if constexpr (AHEAD)
             consumer.ahead(refill);
         else
             consumer.in_order(refill);

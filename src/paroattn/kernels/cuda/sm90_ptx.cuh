@@ -110,6 +110,7 @@ DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0
 
 // Lanes of a warp -----------------------------------------------------------------------------------------------------
 
+DEVICE void meet_warp() { __syncwarp(); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFF, x); }
 DEVICE int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }  // says so to the compiler
 DEVICE u32 from_lane(u32 x, int distance) { return __shfl_xor_sync(0xFFFFFFFF, x, distance); }
@@ -164,6 +165,13 @@ DEVICE u32 pack_bytes(float a, float b, float c, float d) {
         "cvt.rn.f16x2.f32 high, %4, %3;\n"
         "prmt.b32 %0, low, high, 0x6420;\n"
         "}" : "=r"(y) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return y;
+}
+
+// x in another register, whatever the compiler thinks of it: products that are under way read the one it was in.
+DEVICE u32 moved(u32 x) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %1, %1, 0xF0;" : "=r"(y) : "r"(x));
     return y;
 }
 
@@ -226,16 +234,21 @@ DEVICE void settle(float (&x)[N]) {
 #define ALL_64(kind, x) ALL_32(kind, x), SIXTEEN(kind, x, 32), SIXTEEN(kind, x, 48)
 #define ALL_68(kind, x) ALL_64(kind, x), FOUR(kind, x, 64)
 
+template <int COUNT>
+struct Columns {};
+
 // scores += 64 rows of Q times as many rows of K as there are columns, over 32 channels.
 #define MULTIPLY_SCORES(COUNT, COLUMNS, Q, K)                                                                    \
-    DEVICE void multiply_scores(u32 (&scores)[COUNT], u64 q, u64 k) {                                            \
+    template <int N>                                                                                             \
+    DEVICE void multiply_scores(Columns<COLUMNS>, u32 (&scores)[N], u64 q, u64 k) {                              \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" NAMES_##COUNT "}, " Q ", " K \
                      ", 1;" : ALL_##COUNT("+r", scores) : "l"(q), "l"(k) : "memory");                            \
     }
 
 // sums = P times V over 32 keys, added to what they are if `add`; P in registers.
-#define MULTIPLY_VALUES(TYPE, KIND, FORMATS, NEGATE, COUNT, COLUMNS, A, B, C, D, V, ADD)                            \
-    DEVICE void multiply_values(TYPE (&sums)[COUNT], u32 a, u32 b, u32 c, u32 d, u64 v, bool add) {                 \
+#define MULTIPLY_VALUES(NAME, KIND, FORMATS, NEGATE, COUNT, COLUMNS, A, B, C, D, V, ADD)                            \
+    template <int N>                                                                                                \
+    DEVICE void NAME(Columns<COLUMNS>, u32 (&sums)[N], u32 a, u32 b, u32 c, u32 d, u64 v, bool add) {               \
         asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                           \
                      "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32." FORMATS " {" NAMES_##COUNT "}, {" A ", " B \
                      ", " C ", " D "}, " V ", add" NEGATE ";\n}"                                                    \
@@ -248,9 +261,9 @@ DEVICE void settle(float (&x)[N]) {
 
 MULTIPLY_SCORES(32, 64, "%32", "%33")
 MULTIPLY_SCORES(64, 128, "%64", "%65")
-EXPAND(MULTIPLY_VALUES, u32, "+r", BYTES_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
-EXPAND(MULTIPLY_VALUES, u32, "+r", BYTES_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
-EXPAND(MULTIPLY_VALUES, float, "+f", FP8_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
-EXPAND(MULTIPLY_VALUES, float, "+f", FP8_OF_P, 36, 72, "%36", "%37", "%38", "%39", "%40", "%41")
-EXPAND(MULTIPLY_VALUES, float, "+f", FP8_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
-EXPAND(MULTIPLY_VALUES, float, "+f", FP8_OF_P, 68, 136, "%68", "%69", "%70", "%71", "%72", "%73")
+EXPAND(MULTIPLY_VALUES, multiply_bytes, "+r", BYTES_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
+EXPAND(MULTIPLY_VALUES, multiply_bytes, "+r", BYTES_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
+EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
+EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 36, 72, "%36", "%37", "%38", "%39", "%40", "%41")
+EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
+EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 68, 136, "%68", "%69", "%70", "%71", "%72", "%73")
