@@ -6,7 +6,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fidelity_tables import comparison, demands, fidelity, formats, images, joint, layouts, quality, transfer
+from fidelity_tables import (
+    comparison,
+    demands,
+    fidelity,
+    fidelity_short,
+    formats,
+    images,
+    joint,
+    layouts,
+    quality,
+    transfer,
+)
 from result_tables import NOTHING, rows_of, table, where
 from scaling import modelled_ms
 
@@ -426,6 +437,7 @@ def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callab
 
 TABLES: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
+    "fidelity-short": fidelity_short,
     "comparison": comparison,
     "images": images,
     "demands": demands,
