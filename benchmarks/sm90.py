@@ -28,49 +28,38 @@ from paroattn.grid import ORDERS, Grid, Layout, TextSpan
 from paroattn.kernels import sparse
 from paroattn.kernels.prepare import prepare
 from paroattn.kernels.reference import reference_attention
-from paroattn.kernels.tiles import Pipeline, tile_of
+from paroattn.kernels.tiles import ALONE, Pipeline, tile_of
 from paroattn.precision import Precision
 from records import environment, merge
 from shapes import SHAPES, block_mask, draw, kept_pairs, tensors
 from timing import gpu_medians
 
-ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
 PAIR = Pipeline(programs=1, stages=5, warpgroups=2, ahead=True)
-HALVES = {128: replace(PAIR, ahead=False, halves=2), 64: Pipeline(programs=2, stages=4, halves=2)}
-CLUSTER = Pipeline(programs=2, stages=3, cluster=2, halves=2)
-PARTS = replace(HALVES[64], programs=3, stages=3, span=64)
+CLUSTER = Pipeline(programs=3, stages=2, cluster=2)
 VARIANTS = {
     (128, "fp8"): {
         "alone": ALONE[128],
         "alone, summed by matrices": replace(ALONE[128], matrix_sums=True),
+        "alone, summed by matrices, biased": replace(ALONE[128], matrix_sums=True, biased=True),
+        "cluster, summed by matrices": replace(CLUSTER, matrix_sums=True),
         "pair, ahead, summed by matrices": replace(PAIR, matrix_sums=True),
-        "pair, in halves": HALVES[128],
-        "pair, in halves, summed by matrices": replace(HALVES[128], matrix_sums=True),
-        "pair, three quarters, summed by matrices": replace(HALVES[128], halves=3, matrix_sums=True),
-        "cluster, in halves": CLUSTER,
-        "cluster, in halves, summed by matrices": replace(CLUSTER, matrix_sums=True),
+        "pair, ahead, summed by matrices, promoted after four": replace(PAIR, matrix_sums=True, promote=4),
     },
     (128, "int8"): {
         "alone": ALONE[128],
+        "alone, biased": replace(ALONE[128], biased=True),
+        "cluster": CLUSTER,
         "pair, ahead": PAIR,
-        "pair, in halves": HALVES[128],
-        "pair, three quarters": replace(HALVES[128], halves=3),
-        "cluster, in halves": CLUSTER,
+        "pair, ahead, biased": replace(PAIR, biased=True),
     },
     (64, "fp8"): {
         "alone": ALONE[64],
         "alone, summed by matrices": replace(ALONE[64], matrix_sums=True),
-        "in halves, summed by matrices": replace(HALVES[64], matrix_sums=True),
-        "in halves, summed by matrices, 1/8 multiplied": replace(HALVES[64], matrix_sums=True, on_fma=2),
-        "parts, in halves": PARTS,
-        "parts, in halves, summed by matrices": replace(PARTS, matrix_sums=True),
-        "parts, in halves, summed by matrices, 1/8 multiplied": replace(PARTS, matrix_sums=True, on_fma=2),
+        "alone, summed by matrices, biased": replace(ALONE[64], matrix_sums=True, biased=True),
     },
     (64, "int8"): {
         "alone": ALONE[64],
-        "in halves": HALVES[64],
-        "in halves, 1/8 multiplied": replace(HALVES[64], on_fma=2),
-        "parts, in halves": PARTS,
+        "alone, biased": replace(ALONE[64], biased=True),
     },
 }
 BLOCK = {64: "64x128", 128: "128x128"}

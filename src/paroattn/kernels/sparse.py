@@ -33,6 +33,7 @@ from ..block_mask import BlockMask
 from ..precision import Precision
 from .prepare import LOG2_E, Operands, _signs, prepare
 from .tiles import (
+    ALONE,
     BLOCKS,
     INTERPRETED,
     LARGEST_HEAD,
@@ -43,6 +44,8 @@ from .tiles import (
     Tile,
     Warps,
     capability,
+    padded,
+    pipeline_of,
     tile_of,
     units,
 )
@@ -258,10 +261,12 @@ def sparse_attention(
     text_tokens: int = 0,
     return_lse: bool = True,
     four_bit_units: bool = False,
+    warpgroup_units: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention on a GPU: arguments and results of `reference_attention`, lse on request.
 
-    With `four_bit_units`, INT4 of both products runs on matrix units of four bits.
+    With `four_bit_units`, INT4 of both products runs on matrix units of four bits; with `warpgroup_units`, INT8
+    Q·K runs in CUDA C++ on those of Hopper.
 
     Raises:
         ValueError: If blocks, head dimension or softmax_scale are not handled.
@@ -272,9 +277,11 @@ def sparse_attention(
     if valid_tokens is None:
         valid_tokens = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        d_pad = 64 if q.shape[-1] <= 64 else 128
+        d_pad = padded(q.shape[-1])
         if four_bit_units:
             tile = WARPS[d_pad, mask.block[1]]
+        elif warpgroup_units:
+            tile = pipeline_of(precision, mask.block, d_pad) or ALONE[d_pad]
         else:
             tile = tile_of(capability(q.device), precision, mask.block, d_pad)
         operands = prepare(
@@ -371,7 +378,7 @@ def launch_order(mask: BlockMask) -> Tensor:
 def keep_constants(device: torch.device, dtype: torch.dtype, channels: int) -> None:
     """Make the tensors that stay from call to call."""
     if channels <= LARGEST_HEAD:
-        _signs(64 if channels <= 64 else 128, dtype, device)
+        _signs(padded(channels), dtype, device)
 
 
 def refusal(q: Tensor, mask: BlockMask, softmax_scale: float) -> str | None:

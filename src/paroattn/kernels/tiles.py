@@ -62,13 +62,9 @@ class Pipeline:
         warpgroups: Warpgroups of 64 rows that share the ring; more than one has a producer warpgroup beside them.
         cluster: Programs on neighbouring multiprocessors that share loads: 1, or all parts of a query block.
         ahead: Multiply the values of a block while the weights of the next are made.
-        turns: Two warpgroups start products in turns.
-        halves: Of four quarters of the weights of a block, those made while values of the block before are multiplied;
-            the others are made while the next scores are. 0: all at once.
-        span: Keys of a block that are taken at once, with `halves`; 0: all.
+        biased: Products of scores start at the bias that lets their bits be read as floats; else it is added later.
         promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32.
         matrix_sums: FP8 rows are summed by matrix units, after rounding.
-        on_fma: Of sixteen exponentials, those computed by multiplications.
     """
 
     programs: int
@@ -76,12 +72,9 @@ class Pipeline:
     warpgroups: int = 1
     cluster: int = 1
     ahead: bool = False
-    turns: bool = False
-    halves: int = 0
-    span: int = 0
+    biased: bool = False
     promote: int = 1
     matrix_sums: bool = False
-    on_fma: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +123,14 @@ RINGS = {
     ("int8", 64, 64): Ring(4, 96, matrix_sums=True),
 }
 """Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
+ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
+"""By D': whatever the blocks and the format."""
+PIPELINES = {
+    # (format of P·V, D', blocks), for INT8 Q·K: those that beat the Gluon kernel on an H200
+    ("int8", 128, (128, 128)): Pipeline(programs=1, stages=5, warpgroups=2, ahead=True),
+    ("int8", 64, (64, 128)): ALONE[64],
+}
+"""What GPUs of capability 9.0 do in CUDA C++ by themselves; elsewhere the Gluon kernel runs."""
 WARPS = {
     # (D', tokens of a key block): as many programs as there are registers for without spills
     (128, 128): Warps(64, 2, 2),
@@ -160,6 +161,16 @@ def tile_of(has: tuple[int, int], precision: Precision, block: tuple[int, int], 
         return ring
     known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= has]
     return TILES[max(known), pv, d_pad]
+
+
+def pipeline_of(precision: Precision, block: tuple[int, int], channels: int) -> Pipeline | None:
+    """How `sm90.py` does what it is faster at than the Gluon kernel; None for all else."""
+    return PIPELINES.get((precision.pv, padded(channels), block)) if precision.qk == "int8" else None
+
+
+def padded(channels: int) -> int:
+    """The head dimension that kernels are compiled for."""
+    return 64 if channels <= 64 else 128
 
 
 def capability(device: torch.device) -> tuple[int, int]:

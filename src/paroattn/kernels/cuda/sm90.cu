@@ -3,7 +3,7 @@
 // A program has WARPGROUPS warpgroups of 64 query rows, a query block together or a part of one, which share a ring of
 // STAGES kept blocks of K and V (sm90_ring.cuh). In a warpgroup, block after block, in base 2 (scales carry log2 e):
 //
-//     s = q kᵀ                            on matrix units; added to 12582912, so that its bits read as a float
+//     s = q kᵀ                            on matrix units; 12582912 is added, so that its bits read as a float
 //     FP8   if any s·scale > m + 1:       m ← row maximum; what was added so far shrinks. Rare after the first blocks
 //           p = exp2(s·scale − m) · 224
 //     INT8  b = row maximum of s·scale; if any b > m + 64: m ← b, likewise
@@ -12,22 +12,22 @@
 // out = acc / total · v_scale
 //
 // AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs, the
-// weights of block i are made from the first. TURNS: two warpgroups start products in turns, so that one multiplies while
-// the other makes weights. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits, before
-// they are added to acc in float32; 0: of all blocks, into acc. MATRIX_SUMS: FP8 rows are summed by eight further columns
-// of ones. ON_FMA: so many of sixteen exponentials are computed by multiplications.
+// weights of block i are made from the first. BIASED: products of s start at the bias, instead of an addition to each
+// score. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits, before they are added to
+// acc in float32. MATRIX_SUMS: FP8 rows are summed by eight further columns of ones.
 #include <sm90_ring.cuh>
 
-constexpr int SCORES = SPAN / 2;  // per thread, like all that follow
+constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
 constexpr int OUT = HEAD_DIM / 2;
 constexpr int SUMS = OUT + (MATRIX_SUMS ? 4 : 0);
-constexpr int MIDDLE = SCORES * HALFWAY / 4;
 
 constexpr u32 BIAS_BITS = 0x4B400000;
 constexpr float BIAS = 12582912.0f;
 constexpr float TOP = INT8_VALUES ? 7.994353436858858f : 7.807354922057604f;  // log2 255 and log2 224
 constexpr float SLACK = INT8_VALUES ? 64.0f : 1.0f;
-constexpr u32 HIDDEN = 0xFF800000;  // −∞, and less than every score as an integer too
+constexpr u32 LOWEST = 0xFF800000;  // −∞, and less than every biased score as an integer too
+constexpr u32 STILL_TO_ADD = BIASED ? 0 : BIAS_BITS;
+constexpr u32 HIDDEN = LOWEST - STILL_TO_ADD;
 
 #if OUT_BYTES == 2
 DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
@@ -39,26 +39,6 @@ struct alignas(16) Piece {
     u32 x[4];
 };
 
-// Of 16, which exponentials are computed by multiplications: ON_FMA of them, evenly spread.
-DEVICE constexpr bool on_fma(int i) { return i * ON_FMA % 16 < ON_FMA; }
-
-// 2ˣ = 2ⁿ · 2ᶠ, |f| ≤ ½, to 8e-5 of itself for INT8 values, 2e-3 for FP8.
-DEVICE float exp2_multiplied(float x) {
-    x = larger(x, -126.0f);
-    const float n = x + BIAS;
-    const float f = x - (n - BIAS);
-    float y;
-    if (INT8_VALUES) {
-        y = multiply_add(0.05517169f, f, 0.24261117f);
-        y = multiply_add(y, f, 0.69326098f);
-        y = multiply_add(y, f, 0.99992807f);
-    } else {
-        y = multiply_add(0.23842914f, f, 0.70344841f);
-        y = multiply_add(y, f, 1.00044316f);
-    }
-    return as_float(as_bits(y) + (as_bits(n) << 23));
-}
-
 // The rows of a thread: 8 r + lane / 4, r = 0 and 1, of the 16 of its warp. It holds columns 8 c + 2 (lane % 4) + i of
 // them in registers 4 c + 2 r + i.
 struct Rows {
@@ -66,7 +46,7 @@ struct Rows {
     float scale[2], origin[2], share[2] = {1, 1}, shrink[2];
     bool grown;
 
-    // Biased scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
+    // Scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
     template <int N>
     DEVICE void look(const u32 (&s)[N], float k_scale) {
         float highest[2];
@@ -78,7 +58,7 @@ struct Rows {
 #pragma unroll
             for (int c = 2; c < SCORES / 4; ++c)
                 half[c % 2] = larger(larger(half[c % 2], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
-            top[r] = larger(half[0], half[1]);
+            top[r] = larger(half[0], half[1]) + STILL_TO_ADD;
             if (INT8_VALUES) top[r] = row_maximum(top[r]);
             highest[r] = (as_float(top[r]) - BIAS) * scale[r];
         }
@@ -101,42 +81,34 @@ struct Rows {
         }
     }
 
-    // Biased scores from a number on → x of p = 2ˣ.
-    template <int FROM, int N>
-    DEVICE void place(const u32 (&s)[SCORES], u32 (&x)[N]) {
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            x[i] = as_bits(multiply_add(as_float(s[FROM + i]), scale[i / 2 % 2], origin[i / 2 % 2]));
-    }
-
-    // x → the bits of p.
-    template <int N>
-    DEVICE void raise(u32 (&x)[N]) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const float p = on_fma(i / 4 * 2 + i % 2) ? exp2_multiplied(as_float(x[i])) : exp2_unit(as_float(x[i]));
-            if (!INT8_VALUES && !MATRIX_SUMS) total[i / 2 % 2] += p;
-            x[i] = as_bits(p);
-        }
-    }
-
-    // p in 8 bits, to registers from a number on: of 32 keys, 2 h + r has columns 16 h + 8 g + 2 t + i of row r for
-    // bytes 2 g + i.
-    template <int TO, int N, int M>
-    DEVICE void round(const u32 (&s)[N], u32 (&p)[M]) {
+    // Scores → p in 8 bits: of 32 keys, 2 h + r has columns 16 h + 8 g + 2 t + i of row r for bytes 2 g + i. Eight at a
+    // time, so that the assembler mixes what they need with the exponentials of others.
+    DEVICE void weigh(const u32 (&s)[SCORES], u32 (&p)[SCORES / 4]) {
         u32 sum[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < N / 4; ++i) {
-            const int r = i % 2, first = i / 2 * 8 + 2 * r;
-            const float a = as_float(s[first]), b = as_float(s[first + 1]);
-            const float c = as_float(s[first + 4]), d = as_float(s[first + 5]);
-            p[TO + i] = INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
-            if (INT8_VALUES) sum[r] = add_bytes(p[TO + i], sum[r]);
+        for (int i = 0; i < SCORES; i += 8) {
+            float x[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const int r = j / 2 % 2;
+                x[j] = exp2_unit(multiply_add(as_float(s[i + j] + STILL_TO_ADD), scale[r], origin[r]));
+                if (!INT8_VALUES && !MATRIX_SUMS) total[r] += x[j];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                u32& four = p[i / 4 + r];
+                four = pack(x[2 * r], x[2 * r + 1], x[4 + 2 * r], x[5 + 2 * r]);
+                if (INT8_VALUES) sum[r] = add_bytes(four, sum[r]);
+            }
         }
         if (INT8_VALUES) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) total[r] = multiply_add(to_float(sum[r]), share[r], total[r]);
         }
+    }
+
+    static DEVICE u32 pack(float a, float b, float c, float d) {
+        return INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
     }
 
     static DEVICE u32 row_maximum(u32 x) {
@@ -154,8 +126,6 @@ struct Consumer {
     float acc[SUMS];
     u32 sums[SUMS];  // products with V that are not yet in acc, floats for FP8
     u32 s[SCORES], p[SCORES / 4];
-    float factor[2];
-    u32 early[MIDDLE / 4], rest[SCORES - MIDDLE];
 
     DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
         : a(a), w(w), memory(memory), warpgroup(same_in_warp(thread() / 128)) {
@@ -166,31 +136,32 @@ struct Consumer {
         for (int i = 0; i < SUMS; ++i) acc[i] = 0, sums[i] = 0;
     }
 
-    // Scores of nothing, early, since it takes as many instructions as there are scores.
-    template <int N>
-    DEVICE void clear(u32 (&s)[N]) {
+    // Scores of nothing.
+    DEVICE void clear() {
+        if constexpr (BIASED) {
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
-        settle(s);
+            for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
+            settle(s);
+        }
     }
 
-    template <int N>
-    DEVICE void start_scores(u32 (&s)[N], const Place& at) {
+    DEVICE void start_scores(const Place& at) {
         products_begin();
         const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
-        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT + at.part * SPAN * HEAD_DIM);
+        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 32; ++c) multiply_scores(Columns<SPAN>(), s, q + 2 * c, k + 2 * c);
+        for (int c = 0; c < HEAD_DIM / 32; ++c)
+            multiply_scores(Columns<KEYS>(), s, q + 2 * c, k + 2 * c, BIASED || c > 0);
         products_commit();
     }
 
     template <int N>
     DEVICE void start_values(u32 (&sums)[N], const Place& at, int i) {
         products_begin();
-        const u64 v = descriptor<KEYS>(at.at(memory) + V_AT) + at.part * SPAN / 16;
-        const bool fresh = PROMOTE > 0 && i % (PROMOTE + !PROMOTE) == 0;
+        const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
+        const bool fresh = i % PROMOTE == 0;
 #pragma unroll
-        for (int c = 0; c < SPAN / 32; ++c) {
+        for (int c = 0; c < KEYS / 32; ++c) {
             const u32* four = p + 4 * c;
             if constexpr (INT8_VALUES)
                 multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
@@ -200,21 +171,17 @@ struct Consumer {
         products_commit();
     }
 
-    // Scores of block i, complete → its weights.
-    DEVICE void weigh(int i, float k_scale) {
-        if (i == w.whole) hide(s, 0);
+    // Scores of block i, complete → what its weights depend on.
+    DEVICE void look(int i, float k_scale) {
+        if (i == w.whole) hide();
         rows.look(s, k_scale);
-        rows.place<0>(s, s);
-        rows.raise(s);
-        settle(s);
     }
 
     // Scores of keys that are not real.
-    template <int N>
-    DEVICE void hide(u32 (&s)[N], int first) {
+    DEVICE void hide() {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i)
-            if (first + i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
+            if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
     }
 
     // What has been added in the scale of the new maxima: in float32, and in the matrix units' registers.
@@ -231,13 +198,10 @@ struct Consumer {
     }
 
     // Whether the products of block i, or of −1, before all, complete a sum.
-    DEVICE bool is_promoted(int i) {
-        return PROMOTE > 0 && (i + 1) % (PROMOTE + !PROMOTE) == 0;
-    }
+    DEVICE bool is_promoted(int i) { return (i + 1) % PROMOTE == 0; }
 
     // Products, complete, into acc.
-    template <int N>
-    DEVICE void promote(const u32 (&sums)[N], const float (&factor)[2]) {
+    DEVICE void promote(const float (&factor)[2]) {
 #pragma unroll
         for (int d = 0; d < SUMS; ++d)
             acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), factor[d / 2 % 2], acc[d]);
@@ -254,29 +218,32 @@ struct Consumer {
         }
     }
 
-    DEVICE float k_scale(const Place& at) { return as_float(read_shared(at.scale(memory))); }
+    // Read by the lane that says later that the warp has read it.
+    DEVICE float k_scale(const Place& at) {
+        return as_float(same_in_warp(thread() % 32 == 0 ? read_shared(at.scale(memory)) : 0));
+    }
 
     // Block after block, products and weights one after the other.
     template <class Refill>
     DEVICE void in_order(Refill refill) {
         Place now;
         for (int i = 0; i < w.count; ++i) {
-            clear(s);
+            clear();
             barrier_wait(now.full(memory), now.odd);
-            start_scores(s, now);
+            start_scores(now);
             if (i > 0) refill(i - 1 + STAGES);
             const float scale = k_scale(now);
             products_wait<0>();
             settle(s);
-            weigh(i, scale);
+            look(i, scale);
             shrink(acc);
             if constexpr (PROMOTE > 1) shrink(sums);
-            rows.round<0>(s, p);
+            rows.weigh(s, p);
             start_values(sums, now, i);
             products_wait<0>();
             settle(sums);
             release(now);
-            if (is_promoted(i) || (PROMOTE > 0 && i + 1 == w.count)) promote(sums, rows.share);
+            if (is_promoted(i) || i + 1 == w.count) promote(rows.share);
             now.next();
         }
     }
@@ -285,103 +252,45 @@ struct Consumer {
     template <class Refill>
     DEVICE void ahead(Refill refill) {
         if (w.count == 0) return;
-        if (TURNS && warpgroup == 1 && w.count > 1) turn_give<CONSUMERS>(1);
         Place now;
-        clear(s);
+        clear();
         barrier_wait(now.full(memory), now.odd);
-        start_scores(s, now);
+        start_scores(now);
+        const float first = k_scale(now);
         products_wait<0>();
         settle(s);
-        weigh(0, k_scale(now));
-        rows.round<0>(s, p);
+        look(0, first);
+        rows.weigh(s, p);
         for (int i = 1; i < w.count; ++i) {
             const Place before = now;
             now.next();
-            clear(s);
+            clear();
             barrier_wait(now.full(memory), now.odd);
-            if (TURNS) turn_wait<CONSUMERS>(1 + warpgroup);
-            start_scores(s, now);
+            start_scores(now);
             start_values(sums, before, i - 1);
-            if (TURNS && (warpgroup == 0 || i + 1 < w.count)) turn_give<CONSUMERS>(2 - warpgroup);
             if (i > 1) refill(i - 2 + STAGES);
             const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
             products_wait<1>();
             settle(s);
-            weigh(i, scale);
-            if constexpr (PROMOTE > 0) shrink(acc);  // a branch: the compiler moves no weights behind the wait
+            look(i, scale);
+            u32 next[SCORES / 4];
+            rows.weigh(s, next);
+            shrink(acc);  // a branch: the compiler moves no weights behind the wait
             products_wait<0>();
             settle(sums);
             release(before);
             const float factor[2] = {share[0] * rows.shrink[0], share[1] * rows.shrink[1]};
-            if constexpr (PROMOTE == 0)
-                shrink(acc);
-            else if (is_promoted(i - 1))
-                promote(sums, factor);
+            if (is_promoted(i - 1))
+                promote(factor);
             else
                 shrink(sums);
-            rows.round<0>(s, p);
+#pragma unroll
+            for (int j = 0; j < SCORES / 4; ++j) p[j] = moved(next[j]);
         }
         start_values(sums, now, w.count - 1);
         products_wait<0>();
         settle(sums);
-        if (PROMOTE > 0) promote(sums, rows.share);
-    }
-
-    // Weights of a block are made in two parts: the first while values of the block before are multiplied, the second
-    // while the scores of the next one are.
-    template <class Refill>
-    DEVICE void crossed(Refill refill) {
-        if (w.count == 0) return;
-        Place now;
-        clear(s);
-        barrier_wait(now.full(memory), now.odd);
-        start_scores(s, now);
-        products_wait<0>();
-        settle(s);
-        first_part(0, now);
-        rows.place<MIDDLE>(s, rest);
-        for (int i = 0; i + 1 < w.count * PARTS; ++i) {
-            clear(s);
-            const Place before = now;
-            now.next();
-            barrier_wait(now.full(memory), now.odd);
-            start_scores(s, now);
-            second_part();
-            if (i > 0 && before.part == 0) refill(i / PARTS - 1 + STAGES);  // a branch too
-            products_wait<0>();
-            settle(s);
-            start_values(sums, before, 0);
-            first_part(i + 1, now);
-            products_wait<0>();
-            settle(sums);
-            if (before.is_last_of_block()) release(before);
-            promote(sums, factor);
-            rows.place<MIDDLE>(s, rest);
-        }
-        second_part();
-        start_values(sums, now, 0);
-        products_wait<0>();
-        settle(sums);
-        promote(sums, rows.share);
-    }
-
-    DEVICE void first_part(int i, const Place& at) {
-        const float share[2] = {rows.share[0], rows.share[1]};
-        if (i / PARTS == w.whole) hide(s, at.part * SPAN);
-        rows.look(s, k_scale(at));
-        u32 x[MIDDLE];
-        rows.place<0>(s, x);
-        rows.raise(x);
-        rows.round<0>(x, early);
-        shrink(acc);  // a branch: the compiler moves no weights behind the wait
-        factor[0] = share[0] * rows.shrink[0], factor[1] = share[1] * rows.shrink[1];
-    }
-
-    DEVICE void second_part() {
-#pragma unroll
-        for (int j = 0; j < MIDDLE / 4; ++j) p[j] = moved(early[j]);
-        rows.raise(rest);
-        rows.round<MIDDLE / 4>(rest, p);
+        promote(rows.share);
     }
 
     // acc / total to its places in the model's order.
@@ -416,7 +325,7 @@ struct Consumer {
             if (a.lse && real && quad == 0) {
                 float lse = (rows.m[r] + log2_unit(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
                 if (a.shift) lse += a.shift[w.q_row + first + 8 * r];
-                a.lse[w.bh * a.tokens + place] = total > 0 ? lse : as_float(HIDDEN);
+                a.lse[w.bh * a.tokens + place] = total > 0 ? lse : as_float(LOWEST);
             }
         }
     }
@@ -489,9 +398,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
         for (int i = 0; i < STAGES; ++i) refill(i);
         Consumer consumer(a, w, memory);
         barrier_wait(memory + Q_FULL_AT, 0);
-        if constexpr (CROSSED)
-            consumer.crossed(refill);
-        else if constexpr (AHEAD)
+        if constexpr (AHEAD)
             consumer.ahead(refill);
         else
             consumer.in_order(refill);

@@ -96,12 +96,6 @@ DEVICE void publish() {
 
 DEVICE void synchronize() { __syncthreads(); }
 
-template <int THREADS>
-DEVICE void turn_wait(int turn) { asm volatile("bar.sync %0, %1;" ::"r"(turn), "n"(THREADS) : "memory"); }
-
-template <int THREADS>
-DEVICE void turn_give(int turn) { asm volatile("bar.arrive %0, %1;" ::"r"(turn), "n"(THREADS) : "memory"); }
-
 template <int COUNT>
 DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
@@ -237,12 +231,13 @@ DEVICE void settle(float (&x)[N]) {
 template <int COUNT>
 struct Columns {};
 
-// scores += 64 rows of Q times as many rows of K as there are columns, over 32 channels.
-#define MULTIPLY_SCORES(COUNT, COLUMNS, Q, K)                                                                    \
+// scores = 64 rows of Q times as many rows of K as there are columns, over 32 channels; added to what they are if `add`.
+#define MULTIPLY_SCORES(COUNT, COLUMNS, Q, K, ADD)                                                               \
     template <int N>                                                                                             \
-    DEVICE void multiply_scores(Columns<COLUMNS>, u32 (&scores)[N], u64 q, u64 k) {                              \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" NAMES_##COUNT "}, " Q ", " K \
-                     ", 1;" : ALL_##COUNT("+r", scores) : "l"(q), "l"(k) : "memory");                            \
+    DEVICE void multiply_scores(Columns<COLUMNS>, u32 (&scores)[N], u64 q, u64 k, bool add) {                    \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                        \
+                     "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32.s32.s8.s8 {" NAMES_##COUNT "}, " Q ", " K \
+                     ", add;\n}" : ALL_##COUNT("+r", scores) : "l"(q), "l"(k), "r"((int)add) : "memory");        \
     }
 
 // sums = P times V over 32 keys, added to what they are if `add`; P in registers.
@@ -259,8 +254,8 @@ struct Columns {};
 #define FP8_OF_P "f32.e4m3.e4m3", ", 1, 1"
 #define EXPAND(macro, ...) macro(__VA_ARGS__)
 
-MULTIPLY_SCORES(32, 64, "%32", "%33")
-MULTIPLY_SCORES(64, 128, "%64", "%65")
+MULTIPLY_SCORES(32, 64, "%32", "%33", "%34")
+MULTIPLY_SCORES(64, 128, "%64", "%65", "%66")
 EXPAND(MULTIPLY_VALUES, multiply_bytes, "+r", BYTES_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
 EXPAND(MULTIPLY_VALUES, multiply_bytes, "+r", BYTES_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
 EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")

@@ -11,10 +11,8 @@
 #include <sm90_ptx.cuh>
 
 constexpr int ROWS = 64;
-constexpr int PARTS = KEYS / SPAN;  // of a block, one after the other
-static_assert(PARTS == 1 || CROSSED, "only weights in two steps are made of parts of a block");
 static_assert(CLUSTER == 1 || (!PRODUCER && CLUSTER * WARPGROUPS * ROWS == QUERIES), "a cluster has one query block");
-static_assert(STAGES >= ((AHEAD || CROSSED) && !PRODUCER ? 3 : 2), "a stage is filled again while others are read");
+static_assert(STAGES >= (AHEAD && !PRODUCER ? 3 : 2), "a stage is filled again while others are read");
 static_assert(!INT8_VALUES || (PROMOTE == 1 && !MATRIX_SUMS), "blocks of INT8 P have scales of their own");
 constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
 constexpr int K_BYTES = KEYS * HEAD_DIM;
@@ -73,17 +71,13 @@ DEVICE Work work_of(const Arguments& a) {
     return w;
 }
 
-// A stage of the ring, whether it is being used for an odd time, and a part of the block there.
+// A stage of the ring, and whether it is being used for an odd time.
 struct Place {
     int stage = 0;
     u32 odd = 0;
-    int part = 0;
     DEVICE void next() {
-        if (++part < PARTS) return;
-        part = 0;
         if (++stage == STAGES) stage = 0, odd ^= 1;
     }
-    DEVICE bool is_last_of_block() const { return part == PARTS - 1; }
     DEVICE u32 full(u32 memory) const { return memory + FULL_AT + 8 * stage; }
     DEVICE u32 empty(u32 memory) const { return memory + EMPTY_AT + 8 * stage; }
     DEVICE u32 at(u32 memory) const { return memory + stage * STAGE_BYTES; }

@@ -6,6 +6,7 @@
 // Layouts are those of the PTX manual: registers of wgmma's A and D, matrix descriptors and their swizzles.
 #pragma once
 
+#include <calling.cuh>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -31,6 +32,15 @@ typedef unsigned long long u64;
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
+
+// The function that runs a kernel, cluster after cluster; false if something is wrong, which stderr says
+#define EMULATED(kernel)                                                                               \
+    extern "C" int emulate(int blocks, int threads, int shared_bytes, unsigned seed, void** given) {   \
+        bool right = threads == THREADS && shared_bytes == Q_FULL_AT + 8 && blocks % CLUSTER == 0;     \
+        for (int block = 0; right && block < blocks; block += CLUSTER)                                 \
+            right = machine::run(block, CLUSTER, threads, seed, [&] { call(kernel, given); });         \
+        return right;                                                                                  \
+    }
 
 namespace machine {
 
@@ -83,7 +93,6 @@ struct Cluster {
     std::vector<std::vector<u8>> shared;       // of each program of the cluster
     std::map<std::pair<int, u32>, Barrier> barriers;
     std::vector<Copy> copies;
-    std::map<std::pair<int, int>, Meeting> named;
     std::map<int, Meeting> warps;
     std::map<int, std::vector<u64>> lanes;
     std::map<int, Meeting> all;
@@ -359,16 +368,6 @@ DEVICE void cluster_wait() {
     machine::wait_until([=] { return machine::now->cluster.times != times; });
 }
 
-template <int THREADS>
-void turn_wait(int turn) {
-    machine::meet(machine::now->named[{rank(), turn}], THREADS);
-}
-
-template <int THREADS>
-void turn_give(int turn) {
-    machine::meet(machine::now->named[{rank(), turn}], THREADS, false);
-}
-
 template <int COUNT>
 void more_registers() {}
 template <int COUNT>
@@ -382,7 +381,7 @@ DEVICE bool any_lane(bool x) {
     return any;
 }
 
-DEVICE int same_in_warp(int x) { return x; }
+DEVICE int same_in_warp(int x) { return (int)machine::exchange(x)[0]; }
 DEVICE u32 from_lane(u32 x, int distance) { return machine::exchange(x)[machine::now->current % 32 ^ distance]; }
 DEVICE float from_lane(float x, int distance) { return as_float(from_lane(as_bits(x), distance)); }
 
@@ -484,8 +483,8 @@ template <int COUNT>
 struct Columns {};
 
 template <int COLUMNS, int N>
-void multiply_scores(Columns<COLUMNS>, u32 (&scores)[N], u64 q, u64 k) {
-    machine::now->fibres[machine::now->current].open.push_back({true, true, true, COLUMNS, q, k, {}, scores});
+void multiply_scores(Columns<COLUMNS>, u32 (&scores)[N], u64 q, u64 k, bool add) {
+    machine::now->fibres[machine::now->current].open.push_back({true, true, add, COLUMNS, q, k, {}, scores});
 }
 
 template <int COLUMNS, int N>
