@@ -114,7 +114,7 @@ def in_cuda_here(device: torch.device) -> str:
     has, block = torch.cuda.get_device_capability(device), {64: (64, 128), 128: (128, 128)}
     faster = []
     for name, dim in product(("int8/fp8", "int8/int8", "int4/int4"), HEAD_DIMS):
-        q = torch.empty(1, 128, 1, dim, dtype=torch.bfloat16, device=device)
+        q = _query(dim, device)
         mask = BlockMask.from_dense(torch.ones(1, 128 // block[dim][0], 1, dtype=torch.bool), block[dim])
         impl = in_cuda(has, q, mask, Precision.parse(name), 0)
         faster += [f"{name} of head dimension {dim} ({impl})"] if impl else []
@@ -122,6 +122,10 @@ def in_cuda_here(device: torch.device) -> str:
         return "nothing, for this GPU Triton's kernels are faster"
     reason = native.missing()
     return ", ".join(faster) if reason is None else f"not {', '.join(faster)}, which Triton does slower: {reason}"
+
+
+def _query(dim: int, device: torch.device) -> Tensor:
+    return torch.empty(1, 128, 1, dim, dtype=torch.bfloat16, device=device)
 
 
 def check_kernels(device: torch.device) -> Iterator[Check]:
