@@ -25,6 +25,7 @@ from scaling import modelled_ms
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "docs/method.md", "docs/benchmarks.md", "docs/quality.md", "docs/several-gpus.md", "docs/transfer.md",
+    "docs/sm90.md",
 )  # fmt: skip
 CONTESTANTS = (
     *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
@@ -154,6 +155,15 @@ def kernels_gpu() -> str:
     return text or NOTHING
 
 
+def hopper_cuda() -> str:
+    """Structures of the Hopper kernel in CUDA C++ beside the Gluon kernel."""
+    text = ""
+    for gpu in GPUS:
+        cell = "{useful_tflops:.0f}, {times_gluon:.2f}×".format_map
+        text += by_density(rows_of(f"sm90_{gpu}"), ("shape", "precision", "variant"), "TFLOP/s, against Gluon", cell)
+    return text or NOTHING
+
+
 def prepare_gpu() -> str:
     """What preparing costs."""
     rows = [row for gpu in GPUS for row in rows_of(f"prepare_{gpu}")]
@@ -277,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-gpu": attention_gpu,
     "attention-gpu-short": attention_gpu_short,
     "kernels-gpu": kernels_gpu,
+    "hopper-cuda": hopper_cuda,
     "prepare-gpu": prepare_gpu,
     "end-to-end": end_to_end,
     "forwards": forwards,

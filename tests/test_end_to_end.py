@@ -593,6 +593,7 @@ def test_depths_are_read():
 def test_kernels_are_told_apart_by_name():
     names = {
         "_hopper_kernel": "attention",
+        "sm90_attention": "attention",
         "_lists_kernel": "attention",
         "_rows_kernel": "prepare",
         "_values_kernel": "prepare",
