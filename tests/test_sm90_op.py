@@ -16,7 +16,7 @@ from paroattn.precision import Precision
 pytest.importorskip("triton", reason="Triton is not installed")
 from test_triton import DEVICE, LSE_ERROR, Case, pv_of
 
-from paroattn.kernels import sparse, tiles
+from paroattn.kernels import sm90, sparse, tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 IS_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == library.HOPPER
@@ -101,19 +101,24 @@ def test_asked_for_by_name_it_runs_or_says_why_not(choose, monkeypatch):
 @pytest.mark.skipif(emulation.COMPILER is None or DEVICE == "cuda", reason=emulation.REASON)
 @pytest.mark.parametrize(("block", "dim"), [((128, 128), 128), ((64, 64), 40)], ids=str)
 def test_the_whole_operation_is_the_reference_s_on_the_emulator(block, dim, monkeypatch):
-    monkeypatch.setattr(native, "kernel", emulation.kernel)
+    compiled = []
+
+    def kernel(*about, **macros):
+        compiled.append(macros)
+        return emulation.kernel(*about, **macros)
+
+    monkeypatch.setattr(native, "kernel", kernel)
     known, case = library.IMPLEMENTATIONS["triton"], Case(TextSpan(23, "prefix"), True, block, dim, grid=Grid(3, 5, 7))
-    ran = []
 
     def run(*args, **kwargs):
-        ran.append(sparse.pipeline_of(kwargs["precision"], block, dim))
         return sparse.sparse_attention(*args, **kwargs, warpgroup_units=True)
 
     changed = library.Implementation(run, known.needs, known.usable)
     monkeypatch.setitem(library.IMPLEMENTATIONS, "triton", changed)
     out, lse = case.run("int8", softmax_scale=0.2)
     expected, expected_lse = case.run("int8", "reference", softmax_scale=0.2)
-    assert ran == [tiles.PIPELINES.get(("int8", tiles.padded(dim), block))]
+    pipeline = tiles.PIPELINES.get(("int8", tiles.padded(dim), block), tiles.ALONE[tiles.padded(dim)])
+    assert compiled == [sm90.macros(pipeline, block, tiles.padded(dim), "int8", torch.float32)]
     assert sqnr(out[case.real], expected[case.real]) >= 45
     assert (lse - expected_lse).transpose(1, 2)[case.real].abs().max() <= LSE_ERROR[pv_of("int8")]
 
