@@ -43,7 +43,7 @@ def kernel(file: str, name: str, arch: str, **macros: int) -> EmulatedKernel:
         library = Path(folder, "kernel.so")
         opened = [f"-D{macro}={value}" for macro, value in macros.items()]
         subprocess.run(
-            [COMPILER, "-x", "c++", "-", "-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", library,
+            [COMPILER, "-x", "c++", "-", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o", library,
              "-Wall", "-Wno-unknown-pragmas", f"-I{EMULATED}", f"-I{native.SOURCES}", *opened],
             input=f"#include <{file}>\nEMULATED({name})\n", text=True, check=True,
         )  # fmt: skip
