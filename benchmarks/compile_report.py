@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, Layout
-from paroattn.kernels import hopper, int4, native, prepare, sparse, stats
+from paroattn.kernels import feedback, hopper, int4, native, prepare, sparse, stats
 from paroattn.kernels.block_stats import SMALL
 from paroattn.precision import Precision
 from records import environment, merge
@@ -87,7 +87,7 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
         saved.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    for module in (prepare, sparse, hopper, stats):
+    for module in (prepare, feedback, sparse, hopper, stats):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             put(module, name, Call(getattr(module, name), calls))
     for module in (sparse, stats, int4):

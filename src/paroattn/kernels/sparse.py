@@ -44,6 +44,7 @@ from .tiles import (
     capability,
     tile_of,
     units,
+    warps_for,
 )
 from .toolchain import check_toolchain
 
@@ -352,7 +353,7 @@ def _launch(
     _sparse_kernel[(programs * split,)](
         operands.q, k, v, **arguments, **parts, DESCRIPTORS=tile.descriptors,
         ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and parts["QK"] == "half",
-        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=warps_for(rows, tile.warps), num_stages=tile.stages,
     )  # fmt: skip
 
 

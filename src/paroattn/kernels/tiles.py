@@ -108,6 +108,14 @@ WARPS = {
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
+def warps_for(rows: int, wanted: int) -> int:
+    """How many warps may share products of so many rows, 16 for each.
+
+    With fewer, Triton's code for Hopper reads beyond an operand in shared memory where products follow from each other.
+    """
+    return min(wanted, rows // 16)
+
+
 def units(precision: Precision) -> dict[str, Any]:
     """Compile-time arguments of the attention kernels.
 
