@@ -90,7 +90,7 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
     for module in (prepare, feedback, sparse, hopper, stats):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             put(module, name, Call(getattr(module, name), calls))
-    for module in (sparse, stats, int4):
+    for module in (prepare, sparse, stats, int4):
         put(module, "capability", lambda device: divmod(arch, 10))
     put(native, "kernel", lambda *args, **macros: NativeCall(calls, *args, **macros))
     try:
