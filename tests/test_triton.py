@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_kernels import sqnr
@@ -21,17 +23,21 @@ from paroattn.kernels import four_bits, reference
 from paroattn.precision import FORMATS, Precision, hadamard, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from triton.runtime import interpreter
+
 from paroattn.kernels import feedback, prepare, sparse, tiles
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = Grid(3, 5, 11)
 HEADS = 3
-LSE_ERROR = {"": 1e-2, "fp8": 4e-2, "int4": 0.15}
+LSE_ERROR = {"": 1e-2, "fp8": 4e-2, "int4": 0.15, "int4/fp8": 5e-2}
 """By format of P·V; row sums of FP8 are of p before its rounding or after it, whichever is faster. A p̂ of INT4 that
 differs by one differs by a fifteenth."""
-LOWEST = {"int4": 38}
-"""Agreement with the reference, dB."""
+LOWEST = {"int4": 38, "int4/fp8": 42}
+"""Agreement with the reference, dB. A maximum that is off by part of a step of INT4's scores moves p on FP8's grid:
+each is rounded to another neighbour, and a row's largest is no longer 448. Emulated in float64, this alone brings 55 dB
+down to 43, and lse 0.038 apart where rounded p are summed."""
 NO_TEXT = TextSpan()
 TEXTS = [
     (NO_TEXT, False),
@@ -127,13 +133,13 @@ def off_by_one(got: Tensor, expected: Tensor) -> float:
     return difference.mean().item()
 
 
-def on_the_same_integers(case: Case, precision: str) -> tuple[Tensor, Tensor]:
+def on_the_same_integers(case: Case, precision: str, **settings) -> tuple[Tensor, Tensor]:
     """The reference of what the kernels have rounded. A target near a half may fall to either side of it on a GPU and
     then changes what the other channels of its token are rounded to."""
     rounded, own = case.rounded(precision), reference._rounded
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_rounded", lambda *args: (*rounded, own(*args)[3]))
-        return case.run(precision, "reference")
+        return case.run(precision, "reference", **settings)
 
 
 def like_the_reference(
@@ -141,7 +147,7 @@ def like_the_reference(
 ) -> None:
     out, lse = case.run(precision, **settings)
     if same_integers:
-        expected, expected_lse = on_the_same_integers(case, precision)
+        expected, expected_lse = on_the_same_integers(case, precision, **settings)
     else:
         expected, expected_lse = case.run(precision, "reference", **settings)
     real = case.real
@@ -340,6 +346,20 @@ def test_half_precision_products_are_the_reference_s(precision, padded):
     like_the_reference(Case(TextSpan(23, "suffix"), padded, (64, 128), dtype=torch.float16), precision, 55, 3e-3)
 
 
+def test_coarse_steps_of_scores_move_no_weight(monkeypatch):
+    """12582912 steps and their scale are a float whose last place is about a step: of INT4, several percent of a p."""
+
+    def fma(self, x, y, z):  # the interpreter's rounds twice
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+    case = Case(dtype=torch.float16, block=(64, 64), grid=Grid(2, 5, 17), keep=1.0)
+    monkeypatch.setattr(Case, "prepared", cache(Case.prepared))
+    monkeypatch.setattr(sparse, "prepare", lambda *args, **settings: case.prepared("int4/fp16"))
+    like_the_reference(case, "int4/fp16", 60, 1e-3, same_integers=True, softmax_scale=0.3)
+
+
 def test_bf16_tensors_do_as_well():
     like_the_reference(Case(block=(128, 64), dtype=torch.bfloat16), "int8-qk", 45, 1e-2)
 
@@ -348,11 +368,11 @@ def test_bf16_tensors_do_as_well():
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("block", tiles.BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize(
-    "precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv", "int4", "int4/fp8"]
+    "precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv", "int4", "int4/fp8", "int4-qk"]
 )
 def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
     case = Case(TextSpan(70, "suffix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
-    lowest, lse_error = LOWEST.get(precision, 45), LSE_ERROR[pv_of(precision)]
+    lowest, lse_error = LOWEST.get(precision, 45), LSE_ERROR.get(precision, LSE_ERROR[pv_of(precision)])
     like_the_reference(case, precision, lowest, lse_error, same_integers=precision.startswith("int4"))
 
 
@@ -599,7 +619,7 @@ def check_counts(row: dict) -> None:
     limit = {"sm_80": 163, "sm_89": 99, "sm_90": 227}[row["arch"]] * 1024
     assert row["shared_bytes"] <= limit, about
     if row["arch"] == "sm_90":
-        assert row["spilled_bytes"] <= 64, about
+        assert row["spilled_bytes"] <= (192 if row["kernel"] == "four_bit_rows" else 64), about
     if row["kernel"] == "sparse" and row["arch"] == "sm_90":
         assert row["shfl"] <= 16 * max(1, row["rows"] // (16 * row["num_warps"])), (
             about
