@@ -34,6 +34,8 @@ HEADS = 3
 LSE_ERROR = {"": 1e-2, "fp8": 4e-2, "int4": 0.15, "int4/fp8": 5e-2}
 """By format of P·V; row sums of FP8 are of p before its rounding or after it, whichever is faster. A p̂ of INT4 that
 differs by one differs by a fifteenth."""
+OF_A_TOKEN = 0.3
+"""What lse may differ by where a query near a half was rounded to another integer in INT4."""
 LOWEST = {"int4": 38, "int4/fp8": 42}
 """Agreement with the reference, dB. A maximum that is off by part of a step of INT4's scores moves p on FP8's grid:
 each is rounded to another neighbour, and a row's largest is no longer 448. Emulated in float64, this alone brings 55 dB
@@ -269,8 +271,9 @@ def in_two(x: Tensor, first: int, of_video: Any, of_text: Any) -> tuple[Tensor, 
 @pytest.mark.parametrize(("block", "dim"), [((64, 128), 40), ((128, 64), 64), ((64, 128), 128)], ids=str)
 def test_prepared_four_bits_are_the_reference_s_integers(block, dim, monkeypatch):
     monkeypatch.setattr(prepare, "TOKENS_PER_SUM", 64)
-    monkeypatch.setattr(feedback, "SAMPLES_PER_SUM", 32)
-    case = Case(TextSpan(23, "prefix"), True, block, dim, grid=Grid(3, 5, 37))
+    monkeypatch.setattr(feedback, "SAMPLES_PER_SUM", 16)
+    monkeypatch.setattr(feedback, "SAMPLES_AT_ONCE", 16)
+    case = Case(TextSpan(23, "prefix"), True, block, dim, grid=Grid(3, 5, 17))
     four_bits_are_the_reference_s(case, block, dim)
 
 
@@ -324,11 +327,11 @@ def four_bits_are_the_reference_s(case: Case, block: tuple[int, int], dim: int) 
 def test_int4_attention_is_the_reference_s(precision):
     dtype = torch.float16 if precision.endswith("fp16") else torch.float32
     case = Case(TextSpan(23, "prefix"), True, (64, 128), 64, dtype=dtype)
-    like_the_reference(case, precision, 40 if precision == "int4" else 50, 0.15)
+    like_the_reference(case, precision, 40 if precision == "int4" else 50, OF_A_TOKEN)
 
 
 def test_heads_in_int4_and_int8_are_the_reference_s():
-    like_the_reference(Case(TextSpan(23, "prefix"), True), ["int4", "int8", "int4"], 40, 0.15)
+    like_the_reference(Case(TextSpan(23, "prefix"), True), ["int4", "int8", "int4"], 40, OF_A_TOKEN)
 
 
 @layouts
