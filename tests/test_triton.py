@@ -619,6 +619,7 @@ def check_counts(row: dict) -> None:
         name: row[name] for name in ("kernel", "arch", "precision", "block", "head_dim", "registers", "spilled_bytes")
     }
     assert row["registers"] <= 255
+    assert not row["overreaching"], about
     limit = {"sm_80": 163, "sm_89": 99, "sm_90": 227}[row["arch"]] * 1024
     assert row["shared_bytes"] <= limit, about
     if row["arch"] == "sm_90":
@@ -642,11 +643,21 @@ def test_kernels_compile_without_a_gpu(options):
         check_counts(row)
 
 
-@pytest.mark.parametrize(("arch", "attends"), [("80", "sparse"), ("90", "hopper")])
-def test_kernels_of_int4_compile_without_a_gpu(arch, attends):
-    rows = compiled("--arch", arch, "--only", "int4/int4", "--block", "64x64", "--head-dim", "64")
+@pytest.mark.parametrize(("arch", "dim", "attends"), [("80", "64", "sparse"), ("90", "128", "hopper")])
+def test_kernels_of_int4_compile_without_a_gpu(arch, dim, attends):
+    rows = compiled("--arch", arch, "--only", "int4/int4", "--block", "64x64", "--head-dim", dim)
     prepares = {"sum", "finish", "moments", "factor", "four_bit_rows", "values"}
     assert {row["kernel"] for row in rows} - {"int4"} == prepares | {"lists", attends}
+    for row in rows:
+        check_counts(row)
+
+
+def test_kernels_with_64_rows_have_no_more_warps_than_those_allow():
+    rows = compiled("--arch", "90", "--only", "bf16/bf16", "--block", "64x64", "--head-dim", "128")
+    assert {row["kernel"] for row in rows} == {"gather", "lists", "sparse", "stats", "past_queries", "past_keys"}
+    assert all(
+        any("HGMMA" in name for name in row["matrix"]) for row in rows if row["kernel"] not in ("gather", "lists")
+    )
     for row in rows:
         check_counts(row)
 

@@ -301,7 +301,8 @@ def prepare(
                 x, feedback_ptr=for_keys if is_key else for_queries, top=FOUR_BITS_TOP["k" if is_key else "q"],
                 highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, PACKED=packed,
                 HAS_TEXT=text_tokens > 0, VIDEO=tokens - text_tokens,
-                num_warps=warps_for(tile, how.warps), num_stages=how.stages, maxnreg=how.registers, **common,
+                num_warps=warps_for(tile, how.warps), num_stages=how.stages,
+                maxnreg=None if packed else how.registers, **common,
             )  # fmt: skip
         else:
             warps = 8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4

@@ -74,7 +74,7 @@ class Rows:
     Attributes:
         warps: Warps of a program, at most one for 16 rows.
         stages: Blocks of rows in flight.
-        registers: Limit per thread, if there is one.
+        registers: Limit per thread, if there is one; for bytes only.
     """
 
     warps: int
