@@ -170,20 +170,20 @@ def _automatic(
     reason = _kernels().refusal(q, mask, softmax_scale)
     if reason is not None:
         return "reference", slow + reason
-    faster = in_cuda(torch.cuda.get_device_capability(q.device), q, mask, precision, text_tokens)
+    faster = in_cuda(q, mask, precision, text_tokens)
     missing = None if faster is None else native.missing()
     if faster is None or missing is not None:
         return "triton", faster and f"{WITHOUT[faster].format(q.device)}, because {missing}"
     return faster, None
 
 
-def in_cuda(has: tuple[int, int], q: Tensor, mask: BlockMask, precision: Precision, text_tokens: int) -> str | None:
-    """The kernel in CUDA C++, if any, that is faster on a GPU of a compute capability than "triton"."""
-    if has[0] == FOUR_BIT_UNITS and _native_usable(q, precision, text_tokens):
-        return "native"
-    if has == HOPPER and _sm90_usable(q, precision, text_tokens):
-        tiles = import_module(".tiles", __package__)
-        return "sm90" if tiles.pipeline_of(precision, mask.block, q.shape[-1]) else None
+def in_cuda(q: Tensor, mask: BlockMask, precision: Precision, text_tokens: int) -> str | None:
+    """The kernel in CUDA C++, if any, that is faster on the tensor's GPU than "triton"."""
+    if _native_usable(q, precision, text_tokens):
+        return "native" if torch.cuda.get_device_capability(q.device)[0] == FOUR_BIT_UNITS else None
+    pipeline_of = import_module(".tiles", __package__).pipeline_of
+    if _sm90_usable(q, precision, text_tokens) and pipeline_of(precision, mask.block, q.shape[-1]):
+        return "sm90" if torch.cuda.get_device_capability(q.device) == HOPPER else None
     return None
 
 

@@ -111,12 +111,12 @@ def skipped(device: torch.device) -> list[str]:
 
 def in_cuda_here(device: torch.device) -> str:
     """What "auto" runs in CUDA C++ on a GPU, or why nothing, in words."""
-    has, block = torch.cuda.get_device_capability(device), {64: (64, 128), 128: (128, 128)}
+    block: dict[int, tuple[int, int]] = {64: (64, 128), 128: (128, 128)}
     faster = []
     for name, dim in product(("int8/fp8", "int8/int8", "int4/int4"), HEAD_DIMS):
         q = _query(dim, device)
         mask = BlockMask.from_dense(torch.ones(1, 128 // block[dim][0], 1, dtype=torch.bool), block[dim])
-        impl = in_cuda(has, q, mask, Precision.parse(name), 0)
+        impl = in_cuda(q, mask, Precision.parse(name), 0)
         faster += [f"{name} of head dimension {dim} ({impl})"] if impl else []
     if not faster:
         return "nothing, for this GPU Triton's kernels are faster"
