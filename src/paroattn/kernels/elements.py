@@ -34,49 +34,33 @@ def _rotate(x, signs, ON_GPU: tl.constexpr):
 
 
 @triton.jit
+def _rotated(
+    x_ptr, signs, stride_n, stride_d, position, real, norm, ON_GPU: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Tokens as they are and rotated, in halves of 64 channels; of 64 channels both halves are the same.
+
+    The rotation of 128 channels is one of 64 on either half, their sum and their difference.
+    """
+    x = _gather(x_ptr, stride_n, stride_d, position, real, D, 64)
+    left = _rotate(x, signs, ON_GPU) * norm
+    if D_PAD == 64:
+        return x, x, left, left
+    else:
+        y = _gather(x_ptr + 64 * stride_d, stride_n, stride_d, position, real, D - 64, 64)
+        right = _rotate(y, signs, ON_GPU) * norm
+        return x, y, left + right, left - right
+
+
+@triton.jit
+def _nearest(x):
+    """Nearest integer of float32 |x| < 2²², ties to even, as float32."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def _nearest_four_bits(x):
     """Nearest of −8…7, as float32."""
-    return tl.clamp(_round(x).to(tl.float32), -8.0, 7.0)
-
-
-@triton.jit
-def _fed_back(
-    near, far, feedback_ptr, group,
-    FAR: tl.constexpr, ON_GPU: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Round 16 of the 64 channels in `near`, and make up for it there and in `far`, the 64 channels before them."""
-    c, d = tl.arange(0, 16), tl.arange(0, 64)
-    parts = tl.reshape(near, [TOKENS, 4, 16])
-    wanted = tl.sum(tl.where((tl.arange(0, 4) == group)[None, :, None], parts, 0.0), 1)
-    error = _nearest_four_bits(wanted) - wanted
-    first = D_PAD - 64 if FAR else 0
-    row_ptr = feedback_ptr + (first + group * 16 + c)[:, None] * D_PAD + d[None, :]
-    precision: tl.constexpr = "tf32" if ON_GPU else "ieee"
-    near = tl.dot(error, tl.load(row_ptr + first), near, input_precision=precision)
-    if FAR:
-        far = tl.dot(error, tl.load(row_ptr), far, input_precision=precision)
-    return near, far
-
-
-@triton.jit
-def _four_bits(
-    left, right, feedback_ptr, ON_GPU: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Integers, as float32, for targets of 64 or 2 · 64 channels, the last first; see `four_bits.round_channels`."""
-    if D_PAD == 128:
-        for group in tl.static_range(3, -1, -1):
-            right, left = _fed_back(right, left, feedback_ptr, group, True, ON_GPU, D_PAD, TOKENS)
-    for group in tl.static_range(3, -1, -1):
-        left, right = _fed_back(left, right, feedback_ptr, group, False, ON_GPU, D_PAD, TOKENS)
-    return left, right
-
-
-@triton.jit
-def _middle(x, TOKENS: tl.constexpr, RUN: tl.constexpr):
-    """The middle between largest and smallest of every RUN tokens, (TOKENS, 64)."""
-    runs = tl.reshape(x, [TOKENS // RUN, RUN, 64])
-    middle = (tl.max(runs, 1) + tl.min(runs, 1)) * 0.5
-    return tl.reshape(tl.broadcast_to(middle[:, None, :], [TOKENS // RUN, RUN, 64]), [TOKENS, 64])
+    return _nearest(tl.clamp(x, -8.0, 7.0))
 
 
 @triton.jit
@@ -89,7 +73,7 @@ def _carried_token(
     x = _gather(x_ptr, stride_n, stride_d, position, real, D, 64).to(tl.float32)
     wanted = x * inverse[None, :] + carry * error
     rounded = _nearest_four_bits(wanted)
-    return rounded.to(tl.int8), wanted - rounded
+    return _round(rounded).to(tl.int8), wanted - rounded
 
 
 @triton.jit
@@ -136,34 +120,7 @@ def _packed_runs(runs, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _packed(x, TOKENS: tl.constexpr):
-    """(TOKENS, 32) bytes of two neighbouring channels each, from (TOKENS, 64)."""
-    return _two_in_a_byte(tl.reshape(x, [TOKENS, 32, 2]))
-
-
-@triton.jit
 def _two_in_a_byte(pairs):
     """The first in the lower half; of larger integers the last four bits."""
     first, second = tl.split(pairs)
     return ((first & 15) | (second << 4)).to(tl.int8)
-
-
-@triton.jit
-def _store_packed(
-    block_ptr, left, right, left_middle, right_middle,
-    IS_KEY: tl.constexpr, RUN: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Store a block of Q, or of K and then the lower and the upper four bits of every run's middle."""
-    place = tl.arange(0, TOKENS)
-    at = block_ptr + place[:, None] * (D_PAD // 2) + tl.arange(0, 32)[None, :]
-    tl.store(at, _packed(_round(left), TOKENS))
-    if D_PAD == 128:
-        tl.store(at + 32, _packed(_round(right), TOKENS))
-    if IS_KEY:
-        at += (TOKENS - place + place // RUN * 2 + place % RUN)[:, None] * (D_PAD // 2)
-        lower, one_of_two = (place % RUN == 0)[:, None], (place % RUN < 2)[:, None]
-        middle = _round(left_middle)
-        tl.store(at, _packed(tl.where(lower, middle, (middle + 8) >> 4), TOKENS), mask=one_of_two)
-        if D_PAD == 128:
-            middle = _round(right_middle)
-            tl.store(at + 32, _packed(tl.where(lower, middle, (middle + 8) >> 4), TOKENS), mask=one_of_two)

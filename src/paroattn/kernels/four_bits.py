@@ -48,7 +48,7 @@ def feedback(samples: Tensor) -> Tensor:
         samples: Tokens of the other operand, (…, n, D), 0 where there is none; D below 16 or a multiple of it.
 
     Returns:
-        (…, D, D), lower block-triangular with the identity for each group of channels.
+        (…, D, D), lower block-triangular with the identity for each group of channels; numbers of half precision.
     """
     moments = samples.mT @ samples
     size = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(SMALLEST_SCALE)
@@ -56,7 +56,7 @@ def feedback(samples: Tensor) -> Tensor:
     lower = torch.linalg.cholesky_ex(moments + DAMPING * size * identity).L
     inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
     own = torch.stack([lower[..., group, group] for group in groups(lower.shape[-1])], -3)
-    return (own @ inverse.unflatten(-2, own.shape[-3:-1])).flatten(-3, -2)
+    return _half((own @ inverse.unflatten(-2, own.shape[-3:-1])).flatten(-3, -2))
 
 
 def groups(channels: int) -> list[slice]:
@@ -65,13 +65,13 @@ def groups(channels: int) -> list[slice]:
 
 
 def round_channels(target: Tensor, feedback: Tensor | None) -> Tensor:
-    """Integers for targets (…, n, D) in steps, the last channels first."""
+    """Integers for targets (…, n, D) in steps, the last channels first; errors in half precision, as in the kernels."""
     if feedback is None:
         return target.round().clamp(LOWEST, HIGHEST)
     target, feedback = target.clone(), feedback.to(target)
     for group in reversed(groups(target.shape[-1])):
         wanted = target[..., group]
-        error = wanted.round().clamp(LOWEST, HIGHEST) - wanted
+        error = _half(wanted.round().clamp(LOWEST, HIGHEST) - wanted)
         target[..., : group.stop] += error @ feedback[..., group, : group.stop]  # their own becomes the integer
     return target.round()
 
@@ -114,6 +114,10 @@ def round_weights(p: Tensor, rows: int) -> Tensor:
     row = torch.arange(p.shape[-3], device=p.device)[:, None, None] % rows % 4
     key = torch.arange(p.shape[-1], device=p.device)
     return ((p * 16).round() + dither[row, key % 2 + key // 8 % 2 * 2]).div(16, rounding_mode="floor")
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().to(x.dtype)
 
 
 def _in_runs(x: Tensor, size: int) -> Tensor:

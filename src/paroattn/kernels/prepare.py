@@ -31,19 +31,11 @@ from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from . import four_bits
-from .elements import (
-    _carried_runs,
-    _four_bits,
-    _gather,
-    _middle,
-    _packed_runs,
-    _rotate,
-    _round,
-    _store_packed,
-    _transposed_runs,
-)
+from .elements import _carried_runs, _gather, _packed_runs, _rotated, _round, _transposed_runs
+from .feedback import feedback_of
+from .four_bit_rows import _four_bit_rows_kernel
 from .reference import MEAN_OF_EVERY
-from .tiles import INTERPRETED
+from .tiles import INTERPRETED, capability, rows_of, warps_for
 from .totals import _finish_kernel, _sum_kernel
 
 LOG2_E = 1.4426950408889634
@@ -115,17 +107,13 @@ def _gather_kernel(
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, feedback_ptr, out_ptr, scale_ptr,
-    shift_ptr,
+    x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H, BLOCKS, VIDEO, factor, softmax_scale, smallest, norm, top, highest_middle,
-    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, FOUR_BITS: tl.constexpr, PACKED: tl.constexpr, RUN: tl.constexpr,
-    ON_GPU: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
+    N, H, BLOCKS, factor, softmax_scale, smallest, norm, top,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H). Text begins at VIDEO.
-
-    The rotation of 128 channels is one of 64 on either half, their sum and their difference.
-    """
+    """A few blocks of rows of Q or K in INT8, one after the other; grid (token blocks / AT_ONCE, B·H)."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     place, d = tl.arange(0, TOKENS), tl.arange(0, 64)
@@ -139,65 +127,27 @@ def _rows_kernel(
         n = block * TOKENS + place
         real = n < limit
         position = tl.load(row_ptr + n, mask=real, other=0)
-        x = _gather(x_ptr, stride_n, stride_d, position, real, D, 64)
-        left = _rotate(x, signs, ON_GPU) * norm
-        if D_PAD == 128:
-            y = _gather(x_ptr + 64 * stride_d, stride_n, stride_d, position, real, D - 64, 64)
-            right = _rotate(y, signs, ON_GPU) * norm
-            left, right = left + right, left - right
+        x, y, left, right = _rotated(x_ptr, signs, stride_n, stride_d, position, real, norm, ON_GPU, D, D_PAD)
         if IS_KEY:
             left = tl.where(real[:, None], left - tl.load(centre_ptr + channels)[None, :], 0.0)
             if D_PAD == 128:
                 right = tl.where(real[:, None], right - tl.load(centre_ptr + channels + 64)[None, :], 0.0)
         if D_PAD == 64:
             right = left
+        largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)
         rows = bh * BLOCKS * TOKENS + n
-        if IS_KEY and FOUR_BITS:
-            left_middle, right_middle = _middle(left, TOKENS, RUN), _middle(right, TOKENS, RUN)
-            rest = tl.maximum(tl.abs(left - left_middle), tl.abs(right - right_middle))
-            middle = tl.maximum(tl.abs(left_middle), tl.abs(right_middle))
-            in_eight = tl.full([TOKENS], 0, tl.int32) + (block + 1) * TOKENS > VIDEO
-            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)))
-            scale = tl.maximum(tl.max(rest) / top, tl.max(middle) / highest_middle)
-            scale = tl.maximum(tl.where((block + 1) * TOKENS > VIDEO, largest / 127.0, scale), smallest)
+        if IS_KEY:
+            scale = tl.maximum(tl.max(largest, 0) / top, smallest)
             tl.store(scale_ptr + bh * BLOCKS + block, scale)
             inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
-            left_middle = _round(left_middle * inverse[:, None]).to(tl.float32)
-            right_middle = _round(right_middle * inverse[:, None]).to(tl.float32)
         else:
-            left_middle, right_middle = 0.0, 0.0
-            largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)
-            if IS_KEY:
-                scale = tl.maximum(tl.max(largest, 0) / top, smallest)
-                tl.store(scale_ptr + bh * BLOCKS + block, scale)
-                inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
-            else:
-                in_eight = n >= VIDEO
-                scale = tl.maximum(largest / (tl.where(in_eight, 127.0, top) if FOUR_BITS else top), smallest)
-                tl.store(scale_ptr + rows, scale * factor)
-                inverse = 1.0 / scale
-        left, right = left * inverse[:, None], right * inverse[:, None]
-        if FOUR_BITS:
-            head_ptr = feedback_ptr + bh * D_PAD * D_PAD
-            left_four, right_four = _four_bits(
-                left - left_middle, right - right_middle, head_ptr, ON_GPU, D_PAD, TOKENS
-            )
-            if PACKED:
-                left, right = left_four, right_four
-            else:
-                left = tl.where(in_eight[:, None], left, left_four + left_middle)
-                right = tl.where(in_eight[:, None], right, right_four + right_middle)
-            if IS_KEY:
-                left, right = tl.where(real[:, None], left, 0.0), tl.where(real[:, None], right, 0.0)
-        if PACKED:
-            STORED: tl.constexpr = TOKENS + TOKENS // 16 if IS_KEY else TOKENS
-            block_ptr = out_ptr + (bh * BLOCKS + block) * (STORED * D_PAD // 2)
-            _store_packed(block_ptr, left, right, left_middle, right_middle, IS_KEY, RUN, D_PAD, TOKENS)
-        else:
-            out = out_ptr + rows[:, None] * D_PAD + d[None, :]
-            tl.store(out, _round(left).to(tl.int8))
-            if D_PAD == 128:
-                tl.store(out + 64, _round(right).to(tl.int8))
+            scale = tl.maximum(largest / top, smallest)
+            tl.store(scale_ptr + rows, scale * factor)
+            inverse = 1.0 / scale
+        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
+        tl.store(out, _round(left * inverse[:, None]).to(tl.int8))
+        if D_PAD == 128:
+            tl.store(out + 64, _round(right * inverse[:, None]).to(tl.int8))
         if HAS_SHIFT:
             shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
             if D_PAD == 128:
@@ -318,7 +268,12 @@ def prepare(
         return out
 
     in_four_bits = precision.qk == "int4"
-    feedback = _feedback(q, k, mean, table, order, valid) if in_four_bits else {True: None, False: None}
+    for_queries, for_keys = None, None
+    if in_four_bits:
+        for_queries, for_keys = feedback_of(
+            q, k, signs=signs, centre=centre, norm=d_pad**-0.5, strides=_strides(q, "q_") | _strides(k, "k_"),
+            sizes=sizes, **tokens_args,
+        )  # fmt: skip
 
     def rows(x: Tensor, blocks: int, size: int, is_key: bool) -> tuple[Tensor, Tensor | None]:
         if not smoothed:
@@ -333,17 +288,25 @@ def prepare(
         scale = empty(blocks if is_key else blocks * size)
         blocks = blocks * size // tile
         at_once = KEY_BLOCKS_AT_ONCE[d_pad] if is_key else BLOCKS_AT_ONCE
-        _rows_kernel[(triton.cdiv(blocks, at_once), batch * heads)](
-            x, signs_ptr=signs, mean_ptr=mean, centre_ptr=centre, feedback_ptr=feedback[is_key], out_ptr=out,
-            scale_ptr=scale, top=FOUR_BITS_TOP["k" if is_key else "q"] if in_four_bits else 127.0,
-            highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, FOUR_BITS=in_four_bits,
-            PACKED=packed, VIDEO=tokens - text_tokens if text_tokens else blocks * tile,
-            shift_ptr=None if is_key else shift, **tokens_args, **_strides(x), **constants, BLOCKS=blocks,
-            factor=softmax_scale * LOG2_E, softmax_scale=softmax_scale, IS_KEY=is_key,
-            HAS_SHIFT=shift is not None and not is_key, ON_GPU=not INTERPRETED,
-            **sizes, TOKENS=tile, AT_ONCE=at_once, num_stages=1 if in_four_bits else STAGES,
-            num_warps=8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4,
-        )  # fmt: skip
+        common = tokens_args | constants | sizes | _strides(x) | {
+            "signs_ptr": signs, "mean_ptr": mean, "centre_ptr": centre, "out_ptr": out, "scale_ptr": scale,
+            "shift_ptr": None if is_key else shift, "HAS_SHIFT": shift is not None and not is_key, "IS_KEY": is_key,
+            "BLOCKS": blocks, "TOKENS": tile, "AT_ONCE": at_once, "ON_GPU": not INTERPRETED,
+            "factor": softmax_scale * LOG2_E, "softmax_scale": softmax_scale,
+        }  # fmt: skip
+        grid, has = (triton.cdiv(blocks, at_once), batch * heads), capability(q.device)
+        if in_four_bits:
+            how = rows_of(has, is_key, d_pad)
+            _four_bit_rows_kernel[grid](
+                x, feedback_ptr=for_keys if is_key else for_queries, top=FOUR_BITS_TOP["k" if is_key else "q"],
+                highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, PACKED=packed,
+                HAS_TEXT=text_tokens > 0, VIDEO=tokens - text_tokens,
+                num_warps=warps_for(tile, how.warps, has), num_stages=how.stages,
+                maxnreg=None if packed else how.registers, **common,
+            )  # fmt: skip
+        else:
+            warps = 8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4
+            _rows_kernel[grid](x, top=127.0, num_warps=warps_for(tile, warps, has), num_stages=STAGES, **common)
         return out, scale
 
     q_, q_scale = rows(q, query_blocks, block[0], is_key=False)
@@ -359,20 +322,6 @@ def prepare(
         carry=four_bits.CARRY, STORED=precision.pv, PACKED=packed, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
-
-
-def _feedback(q: Tensor, k: Tensor, mean: Tensor, table: Tensor, order: Tensor, valid: Tensor) -> dict[bool, Tensor]:
-    """`four_bits.feedback` for queries (False) and for keys (True), each from tokens of the other."""
-    heads, channels = q.shape[2:]
-    rotation = hadamard(mean.shape[-1])[:channels].to(q.device, torch.float32)
-    index = table[:, :: four_bits.SAMPLE_OF_EVERY][order.long()].T.long()  # (tokens, H)
-    place = torch.arange(len(index), device=q.device) * four_bits.SAMPLE_OF_EVERY
-    real = (place < valid[:, None])[:, None, :, None]
-    found = {}
-    for is_key, x, centre in ((True, q, 0.0), (False, k, mean[:, :, None, :channels])):
-        picked = x[:, index, torch.arange(heads, device=q.device)].transpose(1, 2).float()  # (B, H, tokens, D)
-        found[is_key] = four_bits.feedback((picked - centre).masked_fill(~real, 0) @ rotation).contiguous()
-    return found
 
 
 def _strides(x: Tensor, name: str = "") -> dict[str, int]:
