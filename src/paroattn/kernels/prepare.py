@@ -302,20 +302,20 @@ def prepare(
             "BLOCKS": blocks, "TOKENS": tile, "AT_ONCE": at_once, "ON_GPU": not INTERPRETED,
             "factor": softmax_scale * LOG2_E, "softmax_scale": softmax_scale,
         }  # fmt: skip
-        grid = triton.cdiv(blocks, at_once), batch * heads
+        grid, has = (triton.cdiv(blocks, at_once), batch * heads), capability(q.device)
         if in_four_bits:
-            how = rows_of(capability(q.device), is_key, d_pad)
+            how = rows_of(has, is_key, d_pad)
             _four_bit_rows_kernel[grid](
                 x, feedback_ptr=for_keys if is_key else for_queries, top=FOUR_BITS_TOP["k" if is_key else "q"],
                 highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, PACKED=packed,
                 HAS_TEXT=text_tokens > 0, VIDEO=tokens - text_tokens,
-                num_warps=warps_for(tile, how.warps), num_stages=how.stages,
+                num_warps=warps_for(tile, how.warps, has), num_stages=how.stages,
                 maxnreg=None if packed else how.registers, **common,
             )  # fmt: skip
         else:
             warps = 8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4
             _rows_kernel[grid](
-                x, top=127.0, SWIZZLED=swizzled, num_warps=warps_for(tile, warps), num_stages=STAGES, **common,
+                x, top=127.0, SWIZZLED=swizzled, num_warps=warps_for(tile, warps, has), num_stages=STAGES, **common,
             )  # fmt: skip
         return out, scale
 

@@ -359,6 +359,7 @@ def _launch(
     parts = units(precision)
     d_pad, keys, eight_bits = operands.q.shape[-1], block[1], parts["PV"] != "half"
     rows = min(tile.rows, block[0])
+    warps = warps_for(rows, tile.warps, capability(operands.q.device))
     split = block[0] // rows
     k, v = operands.k, operands.v
     if tile.descriptors:
@@ -367,7 +368,7 @@ def _launch(
     _sparse_kernel[(programs * split,)](
         operands.q, k, v, **arguments, **parts, DESCRIPTORS=tile.descriptors,
         ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and parts["QK"] == "half",
-        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=warps_for(rows, tile.warps), num_stages=tile.stages,
+        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

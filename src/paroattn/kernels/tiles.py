@@ -164,12 +164,12 @@ FOUR_BIT_ROWS |= {((8, 0), of_keys, d_pad): Rows(8 if of_keys else 4, 1) for _, 
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-def warps_for(rows: int, wanted: int) -> int:
-    """How many warps may share products of so many rows, 16 for each.
+def warps_for(rows: int, wanted: int, has: tuple[int, int]) -> int:
+    """How many warps may share products of so many rows: on Hopper 16 rows for each.
 
-    With fewer, Triton's code for Hopper reads beyond an operand in shared memory where products follow from each other.
+    With fewer, Triton's code for it reads beyond an operand in shared memory where products follow from each other.
     """
-    return min(wanted, rows // 16)
+    return min(wanted, rows // 16) if has[0] == 9 else wanted
 
 
 def units(precision: Precision) -> dict[str, Any]:
