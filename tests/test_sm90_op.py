@@ -72,7 +72,7 @@ def test_what_is_missing_is_said_once(choose):
         wanted = {"pv": pv, "dim": dim, "block": block, "missing": "they need cuda.core. pip install it."}
         assert [choose(**wanted) for _ in range(3)] == ["triton"] * 3
     assert [str(warning.message) for warning in said] == [
-        "INT8 runs in Triton on cuda:0, up to a sixth slower than in CUDA C++, because they need cuda.core. "
+        "attention runs in Triton on cuda:0, up to a sixth slower than in CUDA C++, because they need cuda.core. "
         "pip install it."
     ]
 

@@ -189,7 +189,7 @@ def in_cuda(q: Tensor, mask: BlockMask, precision: Precision, text_tokens: int) 
 
 WITHOUT = {
     "native": "INT4 runs on the 8-bit matrix units of {}, no faster than INT8",
-    "sm90": "INT8 runs in Triton on {}, up to a sixth slower than in CUDA C++",
+    "sm90": "attention runs in Triton on {}, up to a sixth slower than in CUDA C++",
 }
 
 

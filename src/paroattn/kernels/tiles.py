@@ -142,7 +142,8 @@ ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)
 """By D': whatever the blocks and the format."""
 PIPELINES = {
     # (format of P·V, D', blocks), for INT8 Q·K: those that beat the Gluon kernel on an H200
-    ("int8", 128, (128, 128)): Pipeline(programs=1, stages=5, warpgroups=2, ahead=True),
+    ("fp8", 128, (128, 128)): Pipeline(programs=3, stages=2, matrix_sums=True),
+    ("int8", 128, (128, 128)): ALONE[128],
     ("int8", 64, (64, 128)): ALONE[64],
 }
 """What GPUs of capability 9.0 do in CUDA C++ by themselves; elsewhere the Gluon kernel runs."""
