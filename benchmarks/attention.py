@@ -30,7 +30,7 @@ from paroattn.block_mask import blocks_of, parse_block
 from paroattn.kernels.attention import attention
 from paroattn.precision import Precision
 from peers import PEERS, Case, Missing
-from records import environment, merge
+from records import environment, merge, significant
 from shapes import DRAWN, SHAPES, Shape, block_mask, draw, kept_pairs, reachable, tensors, text_blocks
 from timing import gpu_medians, medians
 
@@ -258,11 +258,6 @@ def measure(shape: Shape, choice: Choice, rounds: int = 15, device: str = "cuda"
             job.about | {name: value and significant(value) for name, value in zip(NUMBERS, numbers, strict=True)}
         )
     return [about(shape, device) | row for row in rows]
-
-
-def significant(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}")
 
 
 def about(shape: Shape, device: str) -> dict[str, Any]:

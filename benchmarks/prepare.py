@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention import MAIN_BLOCK, OURS, Inputs, Job, about, checked, own_call, own_kernel, significant
+from attention import MAIN_BLOCK, OURS, Inputs, Job, about, checked, own_call, own_kernel
 from paroattn.block_mask import parse_block
 from paroattn.precision import Precision
-from records import merge
+from records import merge, significant
 from shapes import SHAPES, Shape
 from timing import gpu_medians, medians
 

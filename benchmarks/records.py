@@ -37,6 +37,11 @@ def merge(path: Path, rows: Sequence[dict[str, Any]], key: Sequence[str]) -> Non
     scratch.replace(path)
 
 
+def significant(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
+
+
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
