@@ -231,13 +231,19 @@ def _keep(plan: Any, measured: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _show(args: argparse.Namespace) -> dict[str, Any]:
     """Show orders, density and precision per layer, as a table and as pictures."""
+    from ..evaluation.plan_page import check_picture
+    from ..evaluation.video import check_file
     from ..plan.curve import curve_of
     from ..plan.plan import Plan
     from ..plan.worth import judge
 
     plan = Plan.from_pretrained(args.plan)
     if not all(0 <= args.phase < len(part.phases) for part in plan.values()):
-        raise ValueError(f"--phase must be below {min(len(part.phases) for part in plan.values())}; got {args.phase}")
+        last = min(len(part.phases) for part in plan.values()) - 1
+        raise ValueError(f"--phase must be 0…{last}; got {args.phase}")
+    for path, kind in ((args.png, check_picture), (args.html, check_file)):
+        if path:
+            kind(path)
     worth = {name: judge(part, args.gpu) for name, part in plan.items()}
     for name, part in plan.items():
         console().print(plan_table(name, part))

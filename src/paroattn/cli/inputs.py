@@ -4,21 +4,30 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+LOADED = ("pipeline", "vae_dtype", "vae_tiling", "without", "load")
+"""What says how a diffusers pipeline is loaded; the bundled model is not one."""
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
 
 
 def pipeline_of(args: argparse.Namespace) -> Any:
     """The bundled pipeline for "demo", or a diffusers pipeline by folder or hub id."""
-    from ..integration.pipelines import default_device, dtype_of, load_pipeline, place, read_arguments
+    from ..integration.pipelines import device_named, dtype_of, load_pipeline, place, read_arguments
 
-    device = args.device or default_device()
+    device = device_named(args.device)
     if args.model == "demo":
         from ..demo.pipeline import load_demo
 
+        _check_nothing_else_is_loaded(args)
         return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
     settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype, "pipeline": args.pipeline}
     load = dict.fromkeys(args.without) | read_arguments(args.load)
     return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
+
+
+def _check_nothing_else_is_loaded(args: argparse.Namespace) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in LOADED if getattr(args, name)]
+    if given:
+        raise ValueError(f"demo comes whole and takes no {given[0]}. Leave it out, or name another model.")
 
 
 def device_of(pipe: Any) -> Any:

@@ -169,6 +169,11 @@ def load_statistics(folder: str | os.PathLike) -> dict[str, Statistics]:
     Raises:
         ValueError: If the folder holds no statistics, or damaged ones.
     """
+    if not Path(folder).parent.is_dir():
+        raise ValueError(
+            f"statistics lie in the folder that a calibration wrote; got {str(Path(folder).parent)!r}, "
+            "which is no folder. Check the path."
+        )
     found = [name for name in COMPONENTS if (Path(folder) / name / "statistics.json").is_file()]
     if not found:
         raise ValueError(

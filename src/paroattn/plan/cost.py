@@ -34,7 +34,15 @@ BF16 = 2
 
 
 class TimeUnknown(ValueError):
-    """No rate was measured for what is asked."""
+    """No rate was measured for what is asked.
+
+    Attributes:
+        why: What is known and what was asked, without the remedy.
+    """
+
+    def __init__(self, why: str, remedy: str = ""):
+        super().__init__(f"{why}. {remedy}" if remedy else why)
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -140,14 +148,24 @@ class Rates:
         """
         kind = head_dim, formats_of(precision), block
         if kind not in self.kernels:
-            known = "; ".join(sorted({f"{form} in {_size(size)} with head dimension {d}"
-                                      for d, form, size in self.kernels}))  # fmt: skip
             raise TimeUnknown(
-                f"times on {self.gpu} are known for {known}; got {kind[1]} in {_size(block)} with head dimension "
-                f"{head_dim}. Choose one of these with --precision and --block, or a target that needs no times: a "
-                "density or an error."
+                f"times on {self.gpu} are known for {self._known(head_dim)}; got {kind[1]} in {_size(block)} with head "
+                f"dimension {head_dim}",
+                "Choose one of these with --precision and --block, or a target that needs no times: a density or an "
+                "error.",
             )
         return self.kernels[kind]
+
+    def _known(self, head_dim: int) -> str:
+        """Kernels with rates; those of this head dimension if it has any."""
+        dims = {head_dim} & {dim for dim, _, _ in self.kernels} or {dim for dim, _, _ in self.kernels}
+        sizes: dict[tuple[int, str], list[str]] = {}
+        for dim, form, block in sorted(self.kernels):
+            if dim in dims:
+                sizes.setdefault((dim, form), []).append("x".join(map(str, block)))
+        return "; ".join(
+            f"{form} in blocks of {', '.join(each)} with head dimension {dim}" for (dim, form), each in sizes.items()
+        )
 
     def preparing_ms(self, call: Call, precision: str | Precision) -> float:
         """Reordering and quantising q, k and v."""
@@ -245,8 +263,8 @@ def rates_of(gpu: str) -> Rates:
     known = _packaged()
     if gpu not in known:
         raise TimeUnknown(
-            f"times are known for {', '.join(known)}; got {gpu!r}. `paro doctor --model MODEL` measures and predicts "
-            "on the GPU that it runs on."
+            f"times are known for {', '.join(known)}; got {gpu!r}",
+            "`paro doctor --model MODEL` measures and predicts on the GPU that it runs on.",
         )
     return known[gpu]
 
