@@ -240,5 +240,6 @@ def _block(plan: TransformerPlan) -> str:
 
 def _meaning(order: str) -> str:
     if order not in ORDERS:
-        return "boxes of {} frames × {} rows × {} columns".format(*order.split("x"))
+        counts = zip(map(int, order.split("x")), ("frame", "row", "column"), strict=True)
+        return "boxes of " + " × ".join(plural(count, axis) for count, axis in counts)
     return " → ".join(AXES[axis] for axis in order) + (" (the model's own)" if order == ORDERS[0] else "")

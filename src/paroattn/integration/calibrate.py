@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
 from ..plan.search import DENSITY, PlanSettings, make_plan
 from ..plan.workloads import known_model
 from .apply import recording, unwrapped
-from .collecting import Collector, Economy, StartOver, check_prompts, explained
-from .generate import run
+from .collecting import Collector, Economy, StartOver, check_prompts, check_steps, explained
+from .generate import check_call, run
 from .journal import Journal, described, discard, unfinished
 from .models import head_size, self_attentions
 from .processes import everyones, group, wait
@@ -88,14 +88,15 @@ def calibrate(
         A plan for every transformer of the pipeline that ran.
 
     Raises:
-        ValueError: If there is no prompt or a setting is out of range, before the model runs; or if the unfinished
-            calibration is one with other settings.
+        TypeError, ValueError: If there is no prompt, or a setting is out of range or unknown, before the model runs;
+            or if the unfinished calibration is one with other settings.
         OSError: If the disk is full. What was measured before is kept.
         RuntimeError: If memory ends. What was measured before is kept.
 
     Source:
         PAROAttention (arXiv 2506.16054): static plans from one or two prompts; scores and budget are ours.
     """
+    _check_places(call)
     settings = settings or PlanSettings()
     settings = replace(settings, precision=precision or settings.precision or own_precision(pipe))
     settings = settings if density is None else settings.at(density)
@@ -129,6 +130,16 @@ def calibrate(
     if journal is not None and group()[0] == 0:
         discard(journal)
     return plan
+
+
+def _check_places(call: Mapping[str, Any]) -> None:
+    """No pipeline takes what settings of the plan and of the capture are called."""
+    for place, kind in (("settings", PlanSettings), ("capture", CaptureSettings)):
+        for name in (field.name for field in fields(kind) if field.name in call):
+            raise TypeError(
+                f"{name} must be given as {place}={kind.__name__}({name}=…); got it as an argument of its own. "
+                f"Import {kind.__name__} from {kind.__module__}."
+            )
 
 
 def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> None:
@@ -212,10 +223,9 @@ def collect(
         ValueError: As `calibrate`, or if the journal is that of another calibration.
         OSError, RuntimeError: As `calibrate`.
     """
-    prompts = check_prompts(prompts)
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more; got {steps}")
-    transformers = transformers_of(pipe)
+    prompts, transformers = check_prompts(prompts), transformers_of(pipe)
+    check_steps(steps)
+    check_call(pipe, call)
     settings, economy = settings or PlanSettings(), economy or Economy()
     capture = capture or CaptureSettings()
     exact = True if capture.block_stride > 1 else exact
