@@ -19,6 +19,7 @@ from fidelity_tables import (
     transfer,
 )
 from forward_tables import end_to_end, forecasts, forwards, roofline, signed
+from readme_tables import attention_gpu_short, attention_short, headline, whole_calls
 from result_tables import GPUS, NOTHING, rows_of, table, where
 from scaling import modelled_ms
 
@@ -27,13 +28,6 @@ PAGES = (
     "README.md", "docs/method.md", "docs/benchmarks.md", "docs/quality.md", "docs/several-gpus.md", "docs/transfer.md",
     "docs/sm90.md",
 )  # fmt: skip
-CONTESTANTS = (
-    *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
-    ("sage2", 1.0),
-    ("sparge", 0.2),
-    ("flex", 0.2),
-    ("paro-authors", 0.2),
-)
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -115,33 +109,11 @@ def attention_gpu() -> str:
 
     text = ""
     for gpu in GPUS:
-        rows = [row for row in rows_of(f"attention_{gpu}") if (row["includes"], row["mask"]) == ("call", "even")]
+        rows = whole_calls(gpu)
         text += by_density(rows, ("shape", "impl", "precision", "block"), "time, against cuDNN's dense bf16", cell)
         reasons = {row["impl"]: row["reason"] for row in rows if row["ms"] is None and row["density"] == 1}
         timed = {row["impl"] for row in rows if row["ms"] is not None}
         text += "".join(f"\nNot measured: {impl}, {why}.\n" for impl, why in reasons.items() if impl not in timed)
-    return text or NOTHING
-
-
-def attention_gpu_short() -> str:
-    """Speed-up of whole calls over cuDNN's dense bf16: one line per shape, a column for each contestant."""
-    text = ""
-    for gpu in GPUS:
-        rows = [row for row in rows_of(f"attention_{gpu}") if (row["includes"], row["mask"]) == ("call", "even")]
-        best: dict[tuple, float] = {}
-        for row in (row for row in rows if row["speedup_vs_cudnn"]):
-            key = (row["shape"], row["impl"], row["density"])
-            best[key] = max(best.get(key, 0.0), row["speedup_vs_cudnn"])
-        lines = []
-        for shape in dict.fromkeys(row["shape"] for row in rows):
-            found = [best.get((shape, *contestant)) for contestant in CONTESTANTS]
-            lines.append([shape, *("–" if x is None else f"{x:.2f}×" for x in found)])
-        head = ["against dense bf16 of cuDNN", *(f"{impl}, density {density:g}" for impl, density in CONTESTANTS)]
-        text += (
-            table(head, lines) + f"\nWhole calls, each at its best block and precision. {where(rows)}.\n"
-            if rows
-            else ""
-        )
     return text or NOTHING
 
 
@@ -281,7 +253,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "layouts": layouts,
     "joint": joint,
+    "headline": headline,
     "attention": attention,
+    "attention-short": attention_short,
     "numerics": numerics,
     "four-bits": four_bits,
     "attention-gpu": attention_gpu,

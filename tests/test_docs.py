@@ -266,7 +266,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "training" / "README.md"], ids=lambda page: page.stem)
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "training" / "README.md"]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
 def test_links_lead_to_files_and_headings_that_exist(page):
     missing = []
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
