@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -236,6 +237,18 @@ def test_the_page_on_other_hosts_runs_from_a_plan_to_an_output(tmp_path):
     assert torch.equal(first, space["out"])
     full = attention(q, k, v, BlockMask.full(2, 240, (64, 64)))
     assert not torch.allclose(first, full, atol=1e-2)
+
+
+def test_the_page_on_the_plan_file_knows_every_field_of_one():
+    page = (ROOT / "docs" / "plan-format.md").read_text()
+    written = json.loads((ROOT / "src/paroattn/demo/plan/transformer/plan.json").read_text())
+    explained = {
+        name for names in re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", names)
+    }
+    (shown,) = blocks(ROOT / "docs" / "plan-format.md", "json")
+    assert explained == set(written)
+    assert list(json.loads(shown)) == list(written)
+    assert set(json.loads(shown)["layers"]["blocks.0.attn1"]) == set(written["layers"]["blocks.0.attn1"])
 
 
 def test_every_message_in_the_troubleshooting_table_is_one_of_ours():
