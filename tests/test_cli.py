@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from paroattn import cli
-from paroattn.cli import main
+from paroattn.cli import main, planning
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
 from paroattn.grid import Grid
 from paroattn.integration.refining import Refinement
@@ -124,7 +124,7 @@ def test_plan_mixes_int4_and_int8_and_says_so(plan, tmp_path, capsys):
     eight = replace(part.layers[first], precision=(("int8",) * part.heads,) * len(part.phases))
     other = replace(part, layers={first: eight, **{name: part.layers[name] for name in others}})
     with pytest.raises(ValueError, match=r"several precisions, fp32, int8; give one with --precision"):
-        cli._precision_of({"transformer": other})
+        planning._precision_of({"transformer": other})
 
 
 def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):
@@ -272,6 +272,7 @@ def _wrong_uses(prompts, plan, tmp_path):
         "written as .png; got 'plan.jpg'": ["show", plan, "--png", tmp_path / "plan.jpg"],
         "is a folder; give the name of a file": ["show", plan, "--html", busy],
         "--plan is needed": ["generate", "some/model", *some, *clip],
+        "got 'a dragon'": [*calibrate, "--prompt", "a dragon"],
         "understands prompts like": ["generate", "demo", "--prompt", "a dragon", *clip, *FAST],
         ".avi": ["generate", "demo", *some, "--out", tmp_path / "x.avi"],
         "a picture must be a file; got": [*generate, "--image", tmp_path / "none.png"],
@@ -304,6 +305,7 @@ def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, plan
         (["--height", -8], "got -8"),
         (["--guidance-scale", "nan"], "must be finite; got nan"),
         (["--steps", "many"], "paro generate --help lists all options"),
+        (["--resolution", "720p"], "paro generate: unknown arguments: --resolution 720p. paro generate --help"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_the_parser(words, message, capsys):
@@ -311,6 +313,13 @@ def test_numbers_out_of_range_are_refused_by_the_parser(words, message, capsys):
         paro("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--out", "x.gif", *words)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--error", -1], ["--speedup", 0], ["--snr", "nan"], ["--snr", "inf"]])
+def test_a_target_that_is_none_is_refused_by_its_own_name(words, capsys):
+    with pytest.raises(SystemExit):
+        paro("plan", "plan/", "--out", "out/", *words)
+    assert f"argument {words[0]}: must be" in capsys.readouterr().err
 
 
 def test_what_show_says_of_a_plan_whose_times_are_unknown_fits_in_a_few_lines(plan, capsys):

@@ -15,6 +15,13 @@ Run = Callable[[argparse.Namespace], dict[str, Any]]
 class _Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = f"{self.prog} {parsed.command}"
+            self.exit(2, f"{command}: unknown arguments: {' '.join(unknown)}. {command} --help lists all options.\n")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. {self.prog} --help lists all options.\n")
 
@@ -136,10 +143,10 @@ def _replan_arguments(sub: argparse._ArgumentGroup) -> None:
 def _plan_arguments(sub: argparse._ArgumentGroup) -> None:
     target = sub.add_mutually_exclusive_group()
     target.add_argument("--density", type=float, help="kept share of the video's blocks (default: 0.25)")
-    target.add_argument("--error", type=float, help="instead: predicted relative squared error, such as 0.003")
-    target.add_argument("--snr", type=float, metavar="DB", help="instead: the same as dB, such as 25")
+    target.add_argument("--error", type=_positive, help="instead: predicted relative squared error, such as 0.003")
+    target.add_argument("--snr", type=_finite, metavar="DB", help="instead: the same as dB, such as 25")
     target.add_argument(
-        "--speedup", type=float, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
+        "--speedup", type=_positive, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
     )
     sub.add_argument(
         "--gpu", default="NVIDIA H200",

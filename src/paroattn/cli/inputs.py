@@ -54,7 +54,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     prompts += map(read_embeddings, args.prompt_embeds)
     if not prompts:
         raise ValueError("at least one prompt is needed; give --prompts FILE, --prompt TEXT or --prompt-embeds FILE")
-    return prompts
+    return _understood(args, prompts)
 
 
 def prompt_of(args: argparse.Namespace) -> str:
@@ -64,7 +64,17 @@ def prompt_of(args: argparse.Namespace) -> str:
     given = [*([args.prompt] if args.prompt else []), *map(read_embeddings, args.prompt_embeds)]
     if len(given) != 1:
         raise ValueError(f"one prompt is needed, as --prompt TEXT or --prompt-embeds FILE; got {len(given)}")
-    return given[0]
+    return _understood(args, given)[0]
+
+
+def _understood(args: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """The prompts, all of which the bundled model knows; other models take any words."""
+    if args.model == "demo":
+        from ..demo.prompt import words_of
+
+        for prompt in prompts:
+            words_of(prompt)
+    return prompts
 
 
 def call_of(args: argparse.Namespace) -> dict[str, Any]:

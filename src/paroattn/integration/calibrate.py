@@ -229,22 +229,19 @@ def collect(
     settings, economy = settings or PlanSettings(), economy or Economy()
     capture = capture or CaptureSettings()
     exact = True if capture.block_stride > 1 else exact
-    made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
-    chosen_at = {"density": settings.density or DENSITY}
-    orders = chosen_at | {name: getattr(settings, name) for name in ("order_score", "mask_score", "orders")}
-    asked = {
-        "prompts": prompts, "steps": steps, "seed": seed, "call": call,
-        "models": {name: _told_apart(each) for name, each in transformers.items()},
-        "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
+    what = {"prompts": prompts, "steps": steps, "seed": seed}
+    orders = {name: getattr(settings, name) for name in ("order_score", "mask_score", "orders")}
+    made = what | {"call": {k: v for k, v in call.items() if _is_plain(v)}, "model": _name_on_hub(pipe)}
+    asked = what | {
+        "call": call, "models": {name: _told_apart(each) for name, each in transformers.items()},
+        "capture": asdict(capture), "orders": {"density": settings.density or DENSITY} | orders,
+        "economy": asdict(economy), "measured": exact, "impl": impl,
     }  # fmt: skip
-    made["model"] = _name_on_hub(pipe)
     folder, scratch = _place(journal)
     with ExitStack() as stack:
         stack.enter_context(explained(folder))
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
-        kept = Journal(folder, described(asked), exact)
-        everywhere = everyones({group()[0]: kept.done}).values()
-        kept.done = [name for name in kept.done if all(name in done for done in everywhere)]
+        kept = _journal(folder, asked, exact)
         collector = Collector(
             transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report, scratch
         )  # fmt: skip
@@ -260,6 +257,14 @@ def collect(
             collector.finish()
         report(1.0)
         return collector.result()
+
+
+def _journal(folder: Path | None, asked: Mapping[str, Any], exact: bool | None) -> Journal:
+    """What is remembered of this calibration; runs that another process has not finished count as not finished."""
+    kept = Journal(folder, described(asked), exact)
+    everywhere = everyones({group()[0]: kept.done}).values()
+    kept.done = [name for name in kept.done if all(name in done for done in everywhere)]
+    return kept
 
 
 def _place(journal: str | os.PathLike | None) -> tuple[Path | None, Any]:

@@ -73,7 +73,7 @@ class Journal:
             name = differing[0]
             there, here = _apart(known.get(name), self.asked[name])
             raise ValueError(
-                f"{self.folder} holds an unfinished calibration with another {name}: {there}; got {here}. {remedy}"
+                f"{self.folder} holds an unfinished calibration that differs in {name}: {there}; got {here}. {remedy}"
             )
 
 

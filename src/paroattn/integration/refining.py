@@ -117,13 +117,13 @@ def refine(
     """
     prompts, refinement = check_prompts(prompts), refinement or Refinement()
     check_steps(steps)
-    check_call(pipe, call)
     if missing := sorted(set(plan) - set(measured)):
         raise ValueError(f"the statistics of {', '.join(plan)} are needed; got none of {', '.join(missing)}")
     values = {
         name: BlockValues(part, block_scores(measured[name], part, _settings(part))) for name, part in plan.items()
     }
     models = {name: each for name, each in transformers_of(pipe).items() if name in plan}
+    check_call(pipe, call)
 
     def look(first: int, report: Callable[[float], None]) -> dict[str, _Seen]:
         """What the plan as it is now does to some clips."""
