@@ -92,7 +92,6 @@ def test_plan_shows_the_curve_without_writing_a_plan(plan, tmp_path, capsys):
         (["--speedup", 3, "--precision", "int8/fp8"], "speed-up of one forward on NVIDIA H200 must be 1.00…1.00"),
         (["--speedup", 3], "got fp32/fp32 in blocks of 64x64 with head dimension 64"),
         (["--error", 1e6], "a target error must be at most"),
-        (["--error", -1], "a target error must be above 0"),
         (["--gpu", "abacus"], "a GPU must be NVIDIA H200"),
         (["--error", 0.1, "--budget", "per_head"], "needs one threshold; got the budget per_head"),
     ],
@@ -281,6 +280,7 @@ def _wrong_uses(prompts, plan, tmp_path):
         "what --against compares with must be a file": [
             "evaluate", "demo", "--prompts", prompts, *out, "--against", busy,
         ],
+        "a curve is written as .html or .json; got 'curve.txt'": ["plan", busy, "--curve", tmp_path / "curve.txt"],
         "clips must be between": ["demo", *out, "--clips", 0],
         "at most 1; got 2.0": ["demo", *out, "--density", 2],
         "steps must be 1 or more": ["demo", *out, "--steps", 0],

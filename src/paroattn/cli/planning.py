@@ -56,6 +56,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Make another plan from the statistics of a calibration, without running the model, also for another grid."""
     from ..capture.regrid import regridded
+    from ..evaluation.curve_page import check_curve_path
     from ..files import check_writable
     from ..grid import Grid
     from ..integration.calibrate import load_statistics
@@ -67,6 +68,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--out FOLDER is needed for a plan, or --curve for what plans there could be; got neither")
     if args.out is not None:
         check_writable(args.out, FOLDER)
+    if args.curve:
+        check_curve_path(args.curve)
     if grid is not None and not (args.plan / STATISTICS).is_dir():
         return _carry(args, settings, grid)
     measured = load_statistics(args.plan / STATISTICS)
