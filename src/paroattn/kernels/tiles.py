@@ -103,7 +103,7 @@ WARPS = {
     (128, 128): Warps(64, 2, 2),
     (128, 64): Warps(64, 2, 2),
     (64, 128): Warps(64, 2, 3),
-    (64, 64): Warps(64, 2, 4),
+    (64, 64): Warps(64, 2, 3),
 }
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
