@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, Layout
-from paroattn.kernels import feedback, hopper, int4, native, prepare, sparse, stats
+from paroattn.kernels import feedback, gradients, hopper, int4, native, prepare, sparse, stats
 from paroattn.kernels.block_stats import SMALL
 from paroattn.precision import Precision
 from records import environment, merge
@@ -46,8 +46,14 @@ HEADS = (64, 128)
 COUNTED = {"shfl": r"\bSHFL\b", "i2f": r"\bI2FP?\b", "f2i": r"\bF2I\b", "mufu": r"\bMUFU\.EX2\b"}
 MATRIX = r"\b(?:[IHQ]G?MMA)[\w.]*"
 NATIVE = {"attend_int4": "int4"}
-ONLY = {"attention": ("sparse", "hopper", "int4"), "stats": ("stats",), "native": ("int4",)}
+ONLY = {
+    "attention": ("sparse", "hopper", "int4"),
+    "stats": ("stats",),
+    "gradients": ("past_queries", "past_keys"),
+    "native": ("int4",),
+}
 TILE = ("num_warps", "num_stages", "STAGES", "ROWS", "DESCRIPTORS")
+KERNELS = r"_kernel$|^_past_"
 TOKENS = 304
 
 
@@ -87,10 +93,10 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
         saved.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    for module in (prepare, feedback, sparse, hopper, stats):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+    for module in (prepare, feedback, sparse, hopper, stats, gradients):
+        for name in [name for name in vars(module) if re.search(KERNELS, name)]:
             put(module, name, Call(getattr(module, name), calls))
-    for module in (sparse, stats, int4):
+    for module in (prepare, sparse, stats, int4):
         put(module, "capability", lambda device: divmod(arch, 10))
     put(native, "kernel", lambda *args, **macros: NativeCall(calls, *args, **macros))
     try:
@@ -130,6 +136,16 @@ def measurements(arch: int, block: str, head_dim: int, dtype: str) -> list[tuple
     return [call for call in calls if call[0].__name__ == "_stats_kernel"]
 
 
+def refining(arch: int, block: str, head_dim: int, dtype: str) -> list[tuple[Any, tuple, dict]]:
+    """The launches of the gradient."""
+    q = torch.zeros(1, 1, TOKENS, head_dim, dtype=getattr(torch, dtype))
+    rows, columns = (int(size) for size in block.split("x"))
+    sums = torch.zeros(q.shape[:3])
+    with noted(arch) as calls:
+        gradients.gradients_on_gpu(q, q, q, q, sums, sums, BlockMask.full(1, TOKENS, (rows, columns)), 0.1, None)
+    return calls
+
+
 def compiled(kernel: Any, args: tuple, kwargs: dict, arch: int) -> Any:
     """Compile one launch, specialised exactly as the launch would be."""
     if isinstance(kernel, NativeCall):
@@ -153,7 +169,15 @@ def counts(binary: Any) -> dict[str, Any]:
     used = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}  # pyright: ignore
     found = {name: len(re.findall(pattern, text)) for name, pattern in COUNTED.items()}
     sizes = {"registers": used["REG"], "spilled_bytes": used["STACK"], "shared_bytes": binary.metadata.shared}
+    found["overreaching"] = overreaching(binary.asm.get("ttgir", ""))
     return sizes | found | {"loop": _longest_loop(text), "matrix": sorted(set(re.findall(MATRIX, text)))}
+
+
+def overreaching(text: str) -> int:
+    """Products of warp groups whose warps, 16 rows each, are more than their rows: Triton 3.6 reads beyond those."""
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3,.*?warpsPerCTA = \[(\d+)", text))
+    results = re.findall(r"warp_group_dot .*-> tensor<(\d+)x\d+x\w+, (#\w+)>", text)
+    return sum(16 * int(layouts[layout]) > int(rows) for rows, layout in results)
 
 
 def _longest_loop(text: str) -> int | None:
@@ -185,9 +209,9 @@ def report(
 ) -> list[dict[str, Any]]:
     """One row per kernel of one configuration; those in `known` are left out, and the others put into it."""
     rows = []
-    calls = [] if only == "stats" else launches(arch, precision, block, head_dim, dtype)
+    calls = [] if only in ("stats", "gradients") else launches(arch, precision, block, head_dim, dtype)
     if precision == "bf16/bf16":
-        calls += measurements(arch, block, head_dim, dtype)
+        calls += measurements(arch, block, head_dim, dtype) + refining(arch, block, head_dim, dtype)
     for kernel, args, kwargs in calls:
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         values = (*args, *kwargs.values())
@@ -216,7 +240,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     for name, what in (
         ("attention", "the attention kernels only"), ("stats", "the statistics' kernel only"),
-        ("native", "the kernels in CUDA C++ only"),
+        ("gradients", "the gradients' kernels only"), ("native", "the kernels in CUDA C++ only"),
     ):  # fmt: skip
         which.add_argument(f"--{name}", dest="kernel", action="store_const", const=name, help=what)
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines and write no file")

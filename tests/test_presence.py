@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paroattn.block_mask import BlockMask, blocks_of
 from paroattn.grid import Grid, Layout, TextSpan
-from paroattn.kernels.gradients import gradients_on_gpu
+from paroattn.kernels.gradients import BLOCKS, gradients_on_gpu
 from paroattn.kernels.presence import _by_block, attention_with_presence, gradients_of
 from paroattn.kernels.reference import to_kernel_order
 
@@ -99,20 +99,34 @@ def test_there_is_a_gradient_even_if_no_operand_has_one():
     assert q.grad is None
 
 
-@pytest.mark.parametrize(("block", "dim", "tokens"), [((64, 64), 64, 200), ((128, 64), 40, 300), ((64, 128), 16, 130)])
-def test_the_gpu_kernels_agree_with_plain_pytorch(block, dim, tokens):
+def gradients_of_both(block, dim, tokens, device="cpu", dtype=torch.float32):
+    """Pairs of what the kernels and plain PyTorch make of the same operands."""
     q, k, v, gradient = (
-        x.transpose(1, 2).contiguous() for x in tensors(4, tokens=tokens, heads=2, dim=dim, dtype=torch.float32)
+        x.transpose(1, 2).to(device, dtype).float().contiguous()
+        for x in tensors(4, tokens=tokens, heads=2, dim=dim, dtype=torch.float32)
     )
     kept = random_mask(tokens, 2, block)
-    mask, readable = BlockMask.from_dense(kept, block), torch.tensor([tokens, tokens - 23])
-    allowed = kept.repeat_interleave(block[0], 1)[:, :tokens].repeat_interleave(block[1], 2)[..., :tokens]
-    allowed = allowed & (torch.arange(tokens) < readable[:, None])[:, None, None]
+    mask, readable = BlockMask.from_dense(kept, block).to(device), torch.tensor([tokens, tokens - 23], device=device)
+    allowed = kept.to(device).repeat_interleave(block[0], 1)[:, :tokens].repeat_interleave(block[1], 2)[..., :tokens]
+    allowed = allowed & (torch.arange(tokens, device=device) < readable[:, None])[:, None, None]
     scores = (q @ k.mT / math.sqrt(dim)).masked_fill(~allowed, -math.inf)
     lse, centre = scores.logsumexp(-1), (scores.softmax(-1) @ v * gradient).sum(-1)
     arguments = (q, k, v, gradient, lse, centre, mask, 1 / math.sqrt(dim), readable)
-    for found, expected in zip(gradients_on_gpu(*arguments), gradients_of(*arguments), strict=True):
+    return zip(gradients_on_gpu(*arguments), gradients_of(*arguments), strict=True)
+
+
+@pytest.mark.parametrize(("block", "dim", "tokens"), [((64, 64), 64, 200), ((128, 64), 40, 300), ((64, 128), 16, 130)])
+def test_the_gpu_kernels_agree_with_plain_pytorch(block, dim, tokens):
+    for found, expected in gradients_of_both(block, dim, tokens):
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_on_a_gpu_they_agree_within_bf16(block, dim):
+    for found, expected in gradients_of_both(block, dim, 600, "cuda", torch.bfloat16):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_gpu_kernels_refuse_blocks_they_do_not_know():

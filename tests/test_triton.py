@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_kernels import sqnr
@@ -21,17 +23,24 @@ from paroattn.kernels import four_bits, reference
 from paroattn.precision import FORMATS, Precision, hadamard, quantize
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from triton.runtime import interpreter
+
 from paroattn.kernels import feedback, prepare, sparse, tiles
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = Grid(3, 5, 11)
 HEADS = 3
-LSE_ERROR = {"": 1e-2, "fp8": 4e-2, "int4": 0.15}
+ROOM = 4096
+LSE_ERROR = {"": 1e-2, "fp8": 4e-2, "int4": 0.15, "int4/fp8": 5e-2}
 """By format of P·V; row sums of FP8 are of p before its rounding or after it, whichever is faster. A p̂ of INT4 that
 differs by one differs by a fifteenth."""
-LOWEST = {"int4": 38}
-"""Agreement with the reference, dB."""
+OF_A_TOKEN = 0.3
+"""What lse may differ by where a query near a half was rounded to another integer in INT4."""
+LOWEST = {"int4": 38, "int4/fp8": 42}
+"""Agreement with the reference, dB. A maximum that is off by part of a step of INT4's scores moves p on FP8's grid:
+each is rounded to another neighbour, and a row's largest is no longer 448. Emulated in float64, this alone brings 55 dB
+down to 43, and lse 0.038 apart where rounded p are summed."""
 NO_TEXT = TextSpan()
 TEXTS = [
     (NO_TEXT, False),
@@ -120,6 +129,25 @@ def pv_of(precision: str) -> str:
     return "int4" if precision == "int4" else precision.partition("/")[2]
 
 
+@pytest.fixture
+def guarded(monkeypatch):
+    """Room around everything that `prepare` writes, which must stay as it is."""
+    rooms = []
+
+    class Roomy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def empty(self, *shape: int, **settings: Any) -> Tensor:
+            rooms.append(torch.full((math.prod(shape) + 2 * ROOM,), 77, **settings))
+            return rooms[-1][ROOM:-ROOM].view(shape)
+
+    for module in (prepare, feedback):
+        monkeypatch.setattr(module, "torch", Roomy())
+    yield
+    assert rooms and all((side == 77).all() for room in rooms for side in (room[:ROOM], room[-ROOM:]))
+
+
 def off_by_one(got: Tensor, expected: Tensor) -> float:
     """Share of integers that differ; none by more than 1."""
     difference = (got.float() - expected.float()).abs()
@@ -127,13 +155,13 @@ def off_by_one(got: Tensor, expected: Tensor) -> float:
     return difference.mean().item()
 
 
-def on_the_same_integers(case: Case, precision: str) -> tuple[Tensor, Tensor]:
+def on_the_same_integers(case: Case, precision: str, **settings) -> tuple[Tensor, Tensor]:
     """The reference of what the kernels have rounded. A target near a half may fall to either side of it on a GPU and
     then changes what the other channels of its token are rounded to."""
     rounded, own = case.rounded(precision), reference._rounded
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_rounded", lambda *args: (*rounded, own(*args)[3]))
-        return case.run(precision, "reference")
+        return case.run(precision, "reference", **settings)
 
 
 def like_the_reference(
@@ -141,7 +169,7 @@ def like_the_reference(
 ) -> None:
     out, lse = case.run(precision, **settings)
     if same_integers:
-        expected, expected_lse = on_the_same_integers(case, precision)
+        expected, expected_lse = on_the_same_integers(case, precision, **settings)
     else:
         expected, expected_lse = case.run(precision, "reference", **settings)
     real = case.real
@@ -154,6 +182,7 @@ def like_the_reference(
 @pytest.mark.parametrize(
     ("block", "dim"), [((64, 128), 24), ((128, 64), 64), ((64, 64), 72), ((64, 128), 128)], ids=str
 )
+@pytest.mark.usefixtures("guarded")
 def test_prepared_q_and_k_are_the_reference_s_integers(block, dim, monkeypatch):
     monkeypatch.setattr(prepare, "TOKENS_PER_SUM", 64)
     case = Case(TextSpan(23, "prefix"), True, block, dim)
@@ -180,6 +209,7 @@ def test_prepared_q_and_k_are_the_reference_s_integers(block, dim, monkeypatch):
 
 
 @pytest.mark.parametrize(("dim", "key_block"), [(40, 64), (128, 128)])
+@pytest.mark.usefixtures("guarded")
 def test_prepared_v_is_the_reference_s_integers_transposed_and_renamed(dim, key_block, monkeypatch):
     monkeypatch.setattr(prepare, "TOKENS_PER_SUM", 64)
     case = Case(TextSpan(23, "suffix"), True, (64, key_block), dim)
@@ -261,10 +291,12 @@ def in_two(x: Tensor, first: int, of_video: Any, of_text: Any) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize(("block", "dim"), [((64, 128), 40), ((128, 64), 64), ((64, 128), 128)], ids=str)
+@pytest.mark.usefixtures("guarded")
 def test_prepared_four_bits_are_the_reference_s_integers(block, dim, monkeypatch):
     monkeypatch.setattr(prepare, "TOKENS_PER_SUM", 64)
-    monkeypatch.setattr(feedback, "SAMPLES_PER_SUM", 32)
-    case = Case(TextSpan(23, "prefix"), True, block, dim, grid=Grid(3, 5, 37))
+    monkeypatch.setattr(feedback, "SAMPLES_PER_SUM", 16)
+    monkeypatch.setattr(feedback, "SAMPLES_AT_ONCE", 16)
+    case = Case(TextSpan(23, "prefix"), True, block, dim, grid=Grid(3, 5, 17))
     four_bits_are_the_reference_s(case, block, dim)
 
 
@@ -274,6 +306,7 @@ def test_prepared_four_bits_are_the_reference_s_integers(block, dim, monkeypatch
     [(torch.bfloat16, block, dim) for block in tiles.BLOCKS for dim in (40, 120)] + [(torch.float32, (64, 64), 128)],
     ids=str,
 )
+@pytest.mark.usefixtures("guarded")
 def test_prepared_four_bits_are_the_reference_s_integers_on_a_gpu(dtype, block, dim):
     four_bits_are_the_reference_s(Case(TextSpan(70, "suffix"), True, block, dim, dtype, Grid(5, 14, 17)), block, dim)
 
@@ -318,11 +351,11 @@ def four_bits_are_the_reference_s(case: Case, block: tuple[int, int], dim: int) 
 def test_int4_attention_is_the_reference_s(precision):
     dtype = torch.float16 if precision.endswith("fp16") else torch.float32
     case = Case(TextSpan(23, "prefix"), True, (64, 128), 64, dtype=dtype)
-    like_the_reference(case, precision, 40 if precision == "int4" else 50, 0.15)
+    like_the_reference(case, precision, 40 if precision == "int4" else 50, OF_A_TOKEN)
 
 
 def test_heads_in_int4_and_int8_are_the_reference_s():
-    like_the_reference(Case(TextSpan(23, "prefix"), True), ["int4", "int8", "int4"], 40, 0.15)
+    like_the_reference(Case(TextSpan(23, "prefix"), True), ["int4", "int8", "int4"], 40, OF_A_TOKEN)
 
 
 @layouts
@@ -340,6 +373,20 @@ def test_half_precision_products_are_the_reference_s(precision, padded):
     like_the_reference(Case(TextSpan(23, "suffix"), padded, (64, 128), dtype=torch.float16), precision, 55, 3e-3)
 
 
+def test_coarse_steps_of_scores_move_no_weight(monkeypatch):
+    """12582912 steps and their scale are a float whose last place is about a step: of INT4, several percent of a p."""
+
+    def fma(self, x, y, z):  # the interpreter's rounds twice
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+    case = Case(dtype=torch.float16, block=(64, 64), grid=Grid(2, 5, 17), keep=1.0)
+    monkeypatch.setattr(Case, "prepared", cache(Case.prepared))
+    monkeypatch.setattr(sparse, "prepare", lambda *args, **settings: case.prepared("int4/fp16"))
+    like_the_reference(case, "int4/fp16", 60, 1e-3, same_integers=True, softmax_scale=0.3)
+
+
 def test_bf16_tensors_do_as_well():
     like_the_reference(Case(block=(128, 64), dtype=torch.bfloat16), "int8-qk", 45, 1e-2)
 
@@ -348,11 +395,11 @@ def test_bf16_tensors_do_as_well():
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("block", tiles.BLOCKS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize(
-    "precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv", "int4", "int4/fp8"]
+    "precision", ["int8/fp8", "bf16/fp8", "bf16", "int8", "int8-qk", "int8-pv", "int4", "int4/fp8", "int4-qk"]
 )
 def test_every_configuration_is_the_reference_s_on_a_gpu(precision, block, dim):
     case = Case(TextSpan(70, "suffix"), True, block, dim, torch.bfloat16, Grid(5, 14, 17), 0.3)
-    lowest, lse_error = LOWEST.get(precision, 45), LSE_ERROR[pv_of(precision)]
+    lowest, lse_error = LOWEST.get(precision, 45), LSE_ERROR.get(precision, LSE_ERROR[pv_of(precision)])
     like_the_reference(case, precision, lowest, lse_error, same_integers=precision.startswith("int4"))
 
 
@@ -596,10 +643,11 @@ def check_counts(row: dict) -> None:
         name: row[name] for name in ("kernel", "arch", "precision", "block", "head_dim", "registers", "spilled_bytes")
     }
     assert row["registers"] <= 255
+    assert not row["overreaching"], about
     limit = {"sm_80": 163, "sm_89": 99, "sm_90": 227}[row["arch"]] * 1024
     assert row["shared_bytes"] <= limit, about
     if row["arch"] == "sm_90":
-        assert row["spilled_bytes"] <= 64, about
+        assert row["spilled_bytes"] <= (192 if row["kernel"] == "four_bit_rows" else 64), about
     if row["kernel"] == "sparse" and row["arch"] == "sm_90":
         assert row["shfl"] <= 16 * max(1, row["rows"] // (16 * row["num_warps"])), (
             about
@@ -619,11 +667,21 @@ def test_kernels_compile_without_a_gpu(options):
         check_counts(row)
 
 
-@pytest.mark.parametrize(("arch", "attends"), [("80", "sparse"), ("90", "hopper")])
-def test_kernels_of_int4_compile_without_a_gpu(arch, attends):
-    rows = compiled("--arch", arch, "--only", "int4/int4", "--block", "64x64", "--head-dim", "64")
+@pytest.mark.parametrize(("arch", "dim", "attends"), [("80", "64", "sparse"), ("90", "128", "hopper")])
+def test_kernels_of_int4_compile_without_a_gpu(arch, dim, attends):
+    rows = compiled("--arch", arch, "--only", "int4/int4", "--block", "64x64", "--head-dim", dim)
     prepares = {"sum", "finish", "moments", "factor", "four_bit_rows", "values"}
     assert {row["kernel"] for row in rows} - {"int4"} == prepares | {"lists", attends}
+    for row in rows:
+        check_counts(row)
+
+
+def test_kernels_with_64_rows_have_no_more_warps_than_those_allow():
+    rows = compiled("--arch", "90", "--only", "bf16/bf16", "--block", "64x64", "--head-dim", "128")
+    assert {row["kernel"] for row in rows} == {"gather", "lists", "sparse", "stats", "past_queries", "past_keys"}
+    assert all(
+        any("HGMMA" in name for name in row["matrix"]) for row in rows if row["kernel"] not in ("gather", "lists")
+    )
     for row in rows:
         check_counts(row)
 

@@ -43,7 +43,7 @@ def _chunk_moments(
     first = tl.zeros([64, 64], tl.float32)
     below = tl.zeros([64, 64], tl.float32)
     second = tl.zeros([64, 64], tl.float32)
-    for sample in range(start, start + SAMPLES, STEP):
+    for sample in range(start, tl.minimum(start + SAMPLES, tl.cdiv(limit, EVERY)), STEP):
         n = (sample + tl.arange(0, STEP)) * EVERY
         real = n < limit
         position = tl.load(row_ptr + n, mask=real, other=0)
@@ -93,17 +93,16 @@ def _moments_kernel(
 
 @triton.jit
 def _inverse(a, SIZE: tl.constexpr):
-    """Inverse of a positive definite matrix, by Gauss and Jordan."""
+    """Inverse of a positive definite matrix: after a sweep for each row it is what became of the matrix, times −1."""
     i = tl.arange(0, SIZE)
     for pivot in range(SIZE):
-        row, column = (i == pivot)[:, None], (i == pivot)[None, :]
-        across = tl.sum(tl.where(row, a, 0.0), 0)
-        down = tl.sum(tl.where(column, a, 0.0), 1)
-        inverse = 1.0 / tl.sum(tl.where(i == pivot, across, 0.0))
-        across = tl.where(i == pivot, inverse, across * inverse)
-        a = tl.where(column, 0.0, a) - tl.where(row, 0.0, down[:, None]) * across[None, :]
-        a = tl.where(row, across[None, :], a)
-    return a
+        own = i == pivot
+        column = tl.sum(tl.where(own[None, :], a, 0.0), 1)
+        size = tl.sum(tl.where(own, column, 0.0))
+        column = tl.where(own, -1.0, column)
+        others = tl.where(own[:, None] | own[None, :], 0.0, a)
+        a = others - column[:, None] * (column / size)[None, :]
+    return -a
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask, blocks_of
-from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD
+from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, warps_for
 
 ROWS = 64
 
@@ -33,12 +33,10 @@ def _store(ptr, n, limit, x, D, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def _p_and_c(q, k, v, gradient, lse, centre, r, n, tokens, readable, scale):
-    """P and c of a block, 0 for rows and keys that are not there."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    p = tl.exp(tl.minimum(s - lse[:, None], 20.0))
-    p = tl.where((r < tokens)[:, None] & (n < readable)[None, :], p, 0.0)
-    return p, p * (tl.dot(gradient, tl.trans(v), input_precision="ieee") - centre[:, None])
+def _p_and_c(s, moved, lse, centre, there):
+    """P and c of a block or its transpose, 0 for rows and keys that are not there."""
+    p = tl.where(there, tl.exp(tl.minimum(s - lse, 20.0)), 0.0)
+    return p, p * (moved - centre)
 
 
 @triton.jit
@@ -72,14 +70,18 @@ def _past_queries(
     for tile in range(TILES):
         r = tile * ROWS + tl.arange(0, ROWS)
         q, gradient, lse, centre = _tile(q_ptr, gradient_ptr, lse_ptr, centre_ptr, first, r, TOKENS, D, D_PAD, PLAIN)
-        p, c = _p_and_c(q, k, v, gradient, lse, centre, r, n, TOKENS, readable, scale)
+        s = (
+            tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        )  # (KEYS, ROWS): warps share rows, of which keys are more
+        moved = tl.dot(v, tl.trans(gradient), input_precision="ieee")
+        p, c = _p_and_c(s, moved, lse[None, :], centre[None, :], (n < readable)[:, None] & (r < TOKENS)[None, :])
         kept = tl.load(kept_ptr + (head * QUERY_BLOCKS + tile // PER_BLOCK) * KEY_BLOCKS + j)
-        share, change = tl.sum(p, 1), tl.sum(c, 1)
+        share, change = tl.sum(p, 0), tl.sum(c, 0)
         change = tl.where(kept > 0, change / tl.maximum(1 - share, 0.1), change / (1 + share))
         tl.store(presence_ptr + (map_ * TILES + tile) * KEY_BLOCKS + j, tl.sum(change, 0))
         if kept > 0:
-            dv += tl.dot(tl.trans(p.to(gradient.dtype)), gradient, input_precision="ieee")
-            dk += tl.dot(tl.trans(c.to(q.dtype)), q, input_precision="ieee")
+            dv += tl.dot(p.to(gradient.dtype), gradient, input_precision="ieee")
+            dk += tl.dot(c.to(q.dtype), q, input_precision="ieee")
     _store(dk_ptr + first * D, n, TOKENS, dk * scale, D, D_PAD)
     _store(dv_ptr + first * D, n, TOKENS, dv, D, D_PAD)
 
@@ -104,7 +106,10 @@ def _past_keys(
             n = j * KEYS + tl.arange(0, KEYS)
             k = _load(k_ptr + first * D, n, TOKENS, D, D_PAD, PLAIN)
             v = _load(v_ptr + first * D, n, TOKENS, D, D_PAD, PLAIN)
-            _, c = _p_and_c(q, k, v, gradient, lse, centre, r, n, TOKENS, readable, scale)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            moved = tl.dot(gradient, tl.trans(v), input_precision="ieee")
+            there = (r < TOKENS)[:, None] & (n < readable)[None, :]
+            _, c = _p_and_c(s, moved, lse[:, None], centre[:, None], there)
             dq += tl.dot(c.to(k.dtype), k, input_precision="ieee")
     _store(dq_ptr + first * D, r, TOKENS, dq * scale, D, D_PAD)
 
@@ -135,11 +140,14 @@ def gradients_on_gpu(
     presence = torch.empty(batch, heads, tiles, columns, device=q.device)
     d_pad = max(16, triton.next_power_of_2(dim))
     shape = {"ROWS": ROWS, "PER_BLOCK": mask.block[0] // ROWS, "KEYS": mask.block[1], "D_PAD": d_pad}
-    how = {"PLAIN": INTERPRETED, "num_warps": 4 if d_pad * mask.block[1] <= 64 * 64 else 8, "num_stages": 2}
+    how, wanted = {"PLAIN": INTERPRETED, "num_stages": 2}, 4 if d_pad * mask.block[1] <= 64 * 64 else 8
     common = (*operands, lse, centre, kept, readable.to(torch.int32))
     _past_queries[(columns, batch * heads)](
-        *common, dk, dv, presence, tokens, heads, tiles, rows, columns, dim, scale, **shape, **how
+        *common, dk, dv, presence, tokens, heads, tiles, rows, columns, dim, scale, **shape, **how,
+        num_warps=warps_for(mask.block[1], wanted),
+    )  # fmt: skip
+    _past_keys[(tiles, batch * heads)](
+        *common, dq, tokens, heads, rows, columns, dim, scale, **shape, **how, num_warps=warps_for(ROWS, wanted)
     )
-    _past_keys[(tiles, batch * heads)](*common, dq, tokens, heads, rows, columns, dim, scale, **shape, **how)
     per_block = torch.nn.functional.pad(presence, (0, 0, 0, rows * shape["PER_BLOCK"] - tiles))
     return dq, dk, dv, per_block.unflatten(2, (rows, shape["PER_BLOCK"])).sum(3)

@@ -116,14 +116,16 @@ def _weights(s, m, scale, tail, PV: gl.constexpr, TOP: gl.constexpr, LOG2_TOP: g
         s = gl.where(real, s, float("-inf"))
     highest = (top - 12582912.0) * scale
     new = gl.maximum(m, highest)
-    old_share = _exp2(m - new)
     if PV != "fp8":
         origin = -(top * scale)
         unit = TOP * _exp2(-gl.fma(top, scale, origin))  # undoes what rounding did to origin
         share = _exp2(highest - new)
+        old_share = _exp2(m - new)
     else:
-        origin = LOG2_TOP - (new + 12582912.0 * scale)
+        origin = gl.fma(scale, -12582912.0, LOG2_TOP - new)
+        new = LOG2_TOP - gl.fma(scale, 12582912.0, origin)  # goes along with what rounding did to origin
         unit = scale
+        old_share = _exp2(m - new)
         share = old_share
     return _exp2(gl.fma(s, scale[:, None], origin[:, None])), unit, new, old_share, share
 

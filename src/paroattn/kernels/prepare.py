@@ -36,7 +36,7 @@ from .elements import _carried_runs, _gather, _packed_middles, _packed_runs, _ro
 from .feedback import feedback_of
 from .four_bit_rows import _four_bit_rows_kernel
 from .reference import MEAN_OF_EVERY
-from .tiles import INTERPRETED, warps_for
+from .tiles import INTERPRETED, capability, rows_of, warps_for
 from .totals import _finish_kernel, _sum_kernel
 
 LOG2_E = 1.4426950408889634
@@ -60,10 +60,6 @@ BLOCKS_AT_ONCE = 4
 KEY_BLOCKS_AT_ONCE = {64: 4, 128: 8}
 KEY_WARPS = {64: 4, 128: 8}
 STAGES = 3
-# of those that do without spills
-FOUR_BIT_STAGES = 1
-FOUR_BIT_KEY_WARPS = 8
-FOUR_BIT_REGISTERS = None
 
 
 @dataclass(frozen=True)
@@ -307,12 +303,13 @@ def prepare(
         }  # fmt: skip
         grid = triton.cdiv(blocks, at_once), batch * heads
         if in_four_bits:
+            how = rows_of(capability(q.device), is_key, d_pad)
             _four_bit_rows_kernel[grid](
                 x, feedback_ptr=for_keys if is_key else for_queries, top=FOUR_BITS_TOP["k" if is_key else "q"],
                 highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, PACKED=packed,
                 HAS_TEXT=text_tokens > 0, VIDEO=tokens - text_tokens,
-                num_warps=warps_for(tile, FOUR_BIT_KEY_WARPS if is_key else 4), num_stages=FOUR_BIT_STAGES,
-                maxnreg=FOUR_BIT_REGISTERS if is_key else None, **common,
+                num_warps=warps_for(tile, how.warps), num_stages=how.stages,
+                maxnreg=None if packed else how.registers, **common,
             )  # fmt: skip
         else:
             warps = 8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4

@@ -9,7 +9,7 @@
             INT p:     p̂ = round(exp2(s · scale − b) · top)          stored against the block's own maximum
                    total = total · exp2(m − m') + rowsum p̂ · exp2(b − m')
                    acc = acc · exp2(m − m') + p̂ v_j · exp2(b − m')
-        others:    p = exp2(s · scale − m') · top, total and acc as usual
+        others:    p = exp2(s · scale − m') · top, total and acc as usual; m' is what rounding makes of it
     out = acc / total · v_scale             lse = (m + log2 (total / top)) ln 2 + softmax_scale · q·k̄
 
 INT8 p̂ is unsigned, 0…255: the product runs on p̂ − 128 and starts at BIAS + 128 · sum of v over the block.
@@ -117,11 +117,14 @@ def _key_block(
     top = tl.max(s, 1)
     highest = (top - offset) * scale
     new = tl.maximum(m, highest)
-    old_share = _exp2(m - new, ON_GPU)
     if PV == "int8" or PV == "int4":
         origin = -(top * scale)
         unit = TOP * _exp2(-tl.fma(top, scale, origin), ON_GPU)  # undoes what rounding did to origin
-        p = _exp2(tl.fma(s, scale[:, None], origin[:, None]), ON_GPU)
+    else:
+        origin = tl.fma(scale, -offset, LOG2_TOP - new)
+        new = LOG2_TOP - tl.fma(scale, offset, origin)  # goes along with what rounding did to origin
+    p = _exp2(tl.fma(s, scale[:, None], origin[:, None]), ON_GPU)
+    old_share = _exp2(m - new, ON_GPU)
     if PV == "int4":
         p = _carried_on(_round(p * unit[:, None]), ROWS, KEYS)
         added = tl.sum(p, 1).to(tl.float32)
@@ -131,13 +134,10 @@ def _key_block(
         added = (tl.sum(bits, 1) - KEYS * 0xFF80) & 0xFFFF  # the sum of p̂, whatever wrapped around
         added = (added | 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         p = _rename(bits.to(tl.int8), ROWS, KEYS)
-    elif PV == "fp8":
-        p = _exp2(tl.fma(s, scale[:, None], LOG2_TOP - (new + offset * scale)[:, None]), ON_GPU)
-        added = tl.sum(p, 1)
-        p = _rename(p.to(tl.float8e4nv), ROWS, KEYS)
     else:
-        p = _exp2(tl.fma(s, scale[:, None], -(new + offset * scale)[:, None]), ON_GPU)
         added = tl.sum(p, 1)
+    if PV == "fp8":
+        p = _rename(p.to(tl.float8e4nv), ROWS, KEYS)
     if PV == "half":
         if DESCRIPTORS:
             v = v_ref.load([v_row + first, 0])

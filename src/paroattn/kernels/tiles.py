@@ -67,6 +67,21 @@ class Warps:
     programs: int
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How a program of `four_bit_rows.py` is compiled.
+
+    Attributes:
+        warps: Warps of a program, at most one for 16 rows.
+        stages: Blocks of rows in flight.
+        registers: Limit per thread, if there is one; for bytes only.
+    """
+
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
 TILES = {
     # (from capability, format of P·V, D'): fastest of those measured on an H200 from (9, 0) on, else without spills
     ((9, 0), "fp8", 128): Tile(64, 4, 3, descriptors=True),
@@ -105,6 +120,14 @@ WARPS = {
     (64, 128): Warps(64, 2, 3),
     (64, 64): Warps(64, 2, 3),
 }
+FOUR_BIT_ROWS = {
+    # (from capability, whether of K, D'): (9, 0) were fastest on an H200, also that with spills; others have none
+    ((9, 0), False, 64): Rows(4, 2),
+    ((9, 0), False, 128): Rows(4, 2),
+    ((9, 0), True, 64): Rows(8, 2),
+    ((9, 0), True, 128): Rows(8, 2, registers=128),
+}
+FOUR_BIT_ROWS |= {((8, 0), of_keys, d_pad): Rows(8 if of_keys else 4, 1) for _, of_keys, d_pad in FOUR_BIT_ROWS}
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
@@ -136,6 +159,11 @@ def tile_of(has: tuple[int, int], precision: Precision, block: tuple[int, int], 
         return ring
     known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= has]
     return TILES[max(known), pv, d_pad]
+
+
+def rows_of(has: tuple[int, int], of_keys: bool, d_pad: int) -> Rows:
+    """The row of `FOUR_BIT_ROWS` for a GPU, for Q or K, and a padded head dimension."""
+    return FOUR_BIT_ROWS[(9, 0) if has[0] == 9 else (8, 0), of_keys, d_pad]
 
 
 def capability(device: torch.device) -> tuple[int, int]:
