@@ -256,7 +256,7 @@ def prepare(
         chunks = {"K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks}
         _sum_kernel[(k_chunks + v_chunks, batch * heads)](
             k, v, sums_ptr=sums, largest_ptr=largest, **tokens_args, **_strides(k, "k_"), **_strides(v, "v_"), **chunks,
-            share=2 * FOUR_BITS_TOP["v"] / four_bits.LARGEST_MIDDLE, RUN=four_bits.RUN if precision.pv == "int4" else 1,
+            share=FOUR_BITS_TOP["v"] / four_bits.LARGEST_MIDDLE, RUN=four_bits.RUN if precision.pv == "int4" else 1,
             EVERY=MEAN_OF_EVERY, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE, num_warps=WARPS_PER_SUM,
         )  # fmt: skip
         _finish_kernel[(batch * heads,)](
