@@ -35,6 +35,8 @@ from shapes import DRAWN, SHAPES, Shape, block_mask, draw, kept_pairs, reachable
 from timing import gpu_medians, medians
 
 OURS, BASELINE = "paroattn", "cudnn"
+IMPLS = {OURS: "triton", "paroattn-sm90": "sm90"}
+"""Ours, and the `impl` that each is. A GPU other than Hopper has reasons instead of times for the second."""
 KEY = ("device", "shape", "impl", "precision", "block", "mask", "density", "includes")
 NUMBERS = ("ms", "useful_tflops", "speedup_vs_cudnn")
 MAIN_BLOCK = {64: "64x128", 128: "128x128"}
@@ -50,7 +52,7 @@ INT4 errs by up to 0.45 in the reference too: random heads of sharp attention ar
 class Choice:
     """What to measure of a shape."""
 
-    impls: tuple[str, ...] = (OURS, *PEERS)
+    impls: tuple[str, ...] = (*IMPLS, *PEERS)
     densities: tuple[float, ...] = (1.0, 0.5, 0.3, 0.2, 0.1)
     masks: tuple[str, ...] = ("even", "uneven")
     precisions: tuple[str, ...] = ("int8/fp8", "int8/int8")
@@ -88,7 +90,7 @@ class Inputs:
         self.heads_first = (heads_first(q), heads_first(k), heads_first(v))
         self.table, self.order = shape.orders(device)
         self.samples = samples(shape)
-        self.prepared: dict[tuple[Precision, tuple[int, int]], Prepared] = {}
+        self.prepared: dict[tuple[Precision, tuple[int, int], str], Prepared] = {}
         self._kept: dict[tuple[str, float], Tensor] = {}
         self._right: dict[tuple[str, float, bool], list[Tensor]] = {}
 
@@ -152,18 +154,18 @@ def exact(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int) -> Tensor:
 def jobs(shape: Shape, choice: Choice) -> Iterator[Job]:
     """All rows to be, the baseline first and whether chosen or not."""
     for name in dict.fromkeys((BASELINE, *choice.impls)):
-        yield from own_jobs(shape, choice) if name == OURS else peer_jobs(name, choice)
+        yield from own_jobs(name, shape, choice) if name in IMPLS else peer_jobs(name, choice)
 
 
-def own_jobs(shape: Shape, choice: Choice) -> Iterator[Job]:
+def own_jobs(name: str, shape: Shape, choice: Choice) -> Iterator[Job]:
     """Ours: whole calls, and kernels alone."""
     for block, precision, mask, density in product(choice.blocks, choice.precisions, choice.masks, choice.densities):
         main = block == MAIN_BLOCK[shape.head_dim]
         if (main or (mask == "even" and precision == choice.precisions[0])) and (mask == "even" or density < 1):
-            about = (OURS, precision, block, mask, density)
-            formats, size = Precision.parse(precision), parse_block(block)
-            yield Job(*about, "call", partial(own_call, formats, size), reordered=True)
-            yield Job(*about, "kernel", partial(own_kernel, formats, size), reordered=True)
+            about = (name, precision, block, mask, density)
+            formats, size, impl = Precision.parse(precision), parse_block(block), IMPLS[name]
+            yield Job(*about, "call", partial(own_call, formats, size, impl=impl), reordered=True)
+            yield Job(*about, "kernel", partial(own_kernel, formats, size, impl=impl), reordered=True)
 
 
 def peer_jobs(name: str, choice: Choice) -> Iterator[Job]:
@@ -178,18 +180,22 @@ def peer_call(name: str, inputs: Inputs, kept: Tensor) -> Callable[[], Tensor]:
     return lambda: call().transpose(1, 2)
 
 
-def own_call(precision: Precision, block: tuple[int, int], inputs: Inputs, kept: Tensor) -> Callable[[], Any]:
+def own_call(
+    precision: Precision, block: tuple[int, int], inputs: Inputs, kept: Tensor, impl: str = "triton"
+) -> Callable[[], Any]:
     mask = block_mask(kept, inputs.shape.tokens, block)
-    settings = {"table": inputs.table, "order": inputs.order, "precision": precision, "impl": "triton"}
+    settings = {"table": inputs.table, "order": inputs.order, "precision": precision, "impl": impl}
     settings["text_tokens"] = inputs.shape.text.tokens
     return partial(attention, *inputs.model, mask, **settings)
 
 
-def own_kernel(precision: Precision, block: tuple[int, int], inputs: Inputs, kept: Tensor) -> Callable[[], Tensor]:
+def own_kernel(
+    precision: Precision, block: tuple[int, int], inputs: Inputs, kept: Tensor, impl: str = "triton"
+) -> Callable[[], Tensor]:
     from paroattn.kernels import sparse
 
-    whole = own_call(precision, block, inputs, kept)
-    prepared = inputs.prepared.setdefault((precision, block), Prepared())
+    whole = own_call(precision, block, inputs, kept, impl)
+    prepared = inputs.prepared.setdefault((precision, block, impl), Prepared())
 
     def call() -> Tensor:
         with patch.object(sparse, "prepare", prepared):

@@ -96,7 +96,7 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
     for module in (prepare, feedback, sparse, hopper, stats, gradients):
         for name in [name for name in vars(module) if re.search(KERNELS, name)]:
             put(module, name, Call(getattr(module, name), calls))
-    for module in (prepare, sparse, stats, int4):
+    for module in (prepare, sparse, stats, gradients, int4):
         put(module, "capability", lambda device: divmod(arch, 10))
     put(native, "kernel", lambda *args, **macros: NativeCall(calls, *args, **macros))
     try:

@@ -10,6 +10,19 @@ STATIC = ("paper", "none", "local-window", "spatial-temporal", "radial")
 DYNAMIC = ("dynamic-topk", "dynamic-topk+reorder")
 WORST = ("paroattn", "paper", "none")
 EXACT = ("bf16", "fp16", "fp32")
+IN_WORDS = {
+    "paroattn": "**paroattn**",
+    "paroattn-unrefined": "paroattn before refining",
+    "paroattn-in-order": "paroattn, tokens not reordered",
+    "none": "the same before refining",
+    "paper": "PAROAttention's own rule",
+    "dynamic-topk+reorder": "dynamic top-k as in SpargeAttn, on our orders",
+    "dynamic-topk": "dynamic top-k as in SpargeAttn",
+    "spatial-temporal": "spatial and temporal heads as in Sparse-VideoGen",
+    "radial": "radial decay",
+    "local-window": "local windows",
+    "oracle+reorder": "*oracle: each input's own best blocks, on our orders*",
+}
 TRANSFERRED = ("prompt", "seed", "steps", "guidance", "finetune", "resolution")
 RULE = ("order_score", "mask_score", "budget", "sensitivity")
 DEFAULT = (("output_error", "output_error", "layer_normalised", "phases"), "six+tiles")
@@ -82,6 +95,27 @@ def fidelity() -> str:
 def comparison() -> str:
     """Rules that choose blocks, at equal density: one line per method and density, without and with dense steps."""
     return compared(measured_of(images=False))
+
+
+def fidelity_short() -> str:
+    """The same in few words: mean and worst clip of every rule, no step dense."""
+    rows = [row for row in measured_of(images=False) if row["dense_warmup"] == 0 and row["density_target"] < 1]
+    densities = sorted({row["density_target"] for row in rows}, reverse=True)
+    found = {(row["method"], row["density_target"]): row for row in rows}
+    lines = [
+        [name, *(short_cell(found.get((method, density))) for density in densities)]
+        for method, name in IN_WORDS.items()
+        if any((method, density) in found for density in densities)
+    ]
+    if not lines:
+        return NOTHING
+    head = ["PSNR against dense, dB: mean, worst clip", *(f"density {density:g}" for density in densities)]
+    note = f"{said(rows[0])}, {dense_steps(0)}; the plan has seen none of their prompts. {where(rows)}."
+    return table(head, lines) + f"\n{note}\n"
+
+
+def short_cell(row: dict | None) -> str:
+    return f"{row['psnr_mean']:.1f}, {row['psnr_min']:.1f}" if row else "–"
 
 
 def images() -> str:

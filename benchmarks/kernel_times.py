@@ -15,8 +15,8 @@ NAMES = {
     "linear": r"(?i:gemm|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|aten::(add|b)?mm)",
 }
 """What kernels are, by name, the first that matches; those that a compiler has written are "other", templates apart."""
-OWN_KERNEL = re.compile(r"_(hopper|sparse|lists)_kernel|paroattn::attention")
-OWN_ATTENTION = re.compile(r"_(hopper|sparse)_kernel|paroattn::attention")
+OWN_KERNEL = re.compile(r"_(hopper|sparse|lists)_kernel|sm90_attention|attend_int4|paroattn::attention")
+OWN_ATTENTION = re.compile(r"_(hopper|sparse)_kernel|sm90_attention|attend_int4|paroattn::attention")
 REGIONS = ("##", "Torch-Compiled Region")
 """How names begin that are of ranges, not of kernels."""
 

@@ -44,7 +44,7 @@ def measure(shape: Shape, precision: str, density: float, rounds: int = 30, devi
     source = torch.zeros(COPIED_BYTES if device.startswith("cuda") else 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     own_kernel(formats, size, inputs, inputs.kept("even", density))()
-    prepared = inputs.prepared[formats, size]
+    prepared = inputs.prepared[formats, size, "triton"]
     assert prepared.run
     calls: dict[str, Callable[[], Any]] = {"prepare": prepared.run, "call": call, "copy": lambda: target.copy_(source)}
     moved = moved_bytes(inputs, prepared.operands)

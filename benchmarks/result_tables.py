@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+GPUS = ("h200", "h100")
 NOTHING = "Not measured yet.\n"
 
 

@@ -48,7 +48,10 @@ def synthetic_plan(
     precision: str = "bf16",
     device: torch.device | str = "cpu",
 ) -> TransformerPlan:
-    """A plan of one phase; `density` is that of the video's blocks, and 1 keeps all of them."""
+    """A plan of one phase, on the host; `density` is that of the video's blocks, and 1 keeps all of them.
+
+    `device` is where the nearest blocks are looked for.
+    """
     return TransformerPlan(
         model_class, heads, head_dim, grid, text, block, (Phase(0.0, 1.0),),
         {name: _layer(seed, heads, grid, density, block, precision, device) for seed, name in enumerate(layers)},
@@ -107,7 +110,7 @@ def _layer(
     orders = tuple("".join("FHW"[axis] for axis in each.argsort().tolist()) for each in lengths)
     units = lengths * torch.tensor([*grid], dtype=torch.float32)
     kept = _nearest(orders, units, shares, grid, block, seed, torch.device(device))
-    return LayerPlan(orders, BlockMask.from_dense(kept[None], block), ((precision,) * heads,))
+    return LayerPlan(orders, BlockMask.from_dense(kept[None].cpu(), block), ((precision,) * heads,))
 
 
 def _nearest(

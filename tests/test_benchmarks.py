@@ -290,12 +290,16 @@ def test_jobs_cover_the_full_table():
     keys = [tuple(job.about.values()) for job in jobs]
     assert len(keys) == len(set(keys))
     assert jobs[0].impl == "cudnn"
-    ours = {(job.precision, job.block, job.mask, job.density) for job in jobs if job.impl == "paroattn"}
+    ours, in_cuda = (
+        {(job.precision, job.block, job.mask, job.density) for job in jobs if job.impl == impl}
+        for impl in ("paroattn", "paroattn-sm90")
+    )
+    assert ours == in_cuda
     for precision in ("int8/fp8", "int8/int8"):
         assert {(precision, "128x128", "even", density) for density in (1.0, 0.5, 0.3, 0.2, 0.1)} <= ours
         assert {(precision, "128x128", "uneven", density) for density in (0.5, 0.3, 0.2, 0.1)} <= ours
     assert ("int8/fp8", "64x64", "even", 0.2) in ours
-    assert {job.impl for job in jobs} == {"paroattn", *peers.PEERS}
+    assert {job.impl for job in jobs} == {"paroattn", "paroattn-sm90", *peers.PEERS}
     assert {job.density for job in jobs if job.impl in ("flex", "sparge", "paro-authors")} == {1.0, 0.5, 0.3, 0.2, 0.1}
 
 

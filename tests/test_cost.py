@@ -5,13 +5,14 @@ import json
 import pytest
 
 import rates as derivation
+from forward_tables import dense_row
 from paroattn.block_mask import parse_block
 from paroattn.evaluation.forecast import predict
 from paroattn.grid import Grid, Layout, TextSpan
 from paroattn.plan.cost import Call, Kernel, TimeUnknown, gpus, kept_blocks, rates_of
 from paroattn.plan.workloads import WORKLOADS, workload, workload_like
 from predictions import predicted_ms
-from tables import dense_row, rows_of
+from result_tables import rows_of
 
 H200 = rates_of("NVIDIA H200")
 COG = Call(17776, 48, 64)

@@ -125,13 +125,35 @@ def test_on_a_gpu_every_precision_block_and_head_dimension_is_checked(capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(native, "missing", lambda: missing)
     found, left_out = selfcheck.configurations(torch.device("cuda")), selfcheck.skipped(torch.device("cuda"))
-    has_units = capability[0] == 8
-    kernels = {"triton", "native"} if has_units and missing is None else {"triton"}
-    assert len(found) == len(set(map(str, found))) == (precisions + len(kernels) - 1) * 4 * 2
+    in_cuda, formats = ("native", 1) if capability[0] == 8 else ("sm90", 2)
+    kernels = {"triton", in_cuda} if missing is None else {"triton"}
+    assert len(found) == len(set(map(str, found))) == (precisions + formats * (missing is None)) * 4 * 2
     assert {each.impl for each in found} == kernels and {each.dtype for each in found} == {torch.bfloat16}
     assert any(each.precision == "int8/fp8" for each in found) == (capability >= (8, 9))
-    assert len(left_out) == (capability < (8, 9)) + (has_units and missing is not None)
-    assert any("four bits: kernels need cuda.core" in line for line in left_out) == (has_units and missing is not None)
+    assert len(left_out) == (capability < (8, 9)) + (missing is not None)
+    what = {8: "int4/int4 on matrix units of four bits", 9: "int8 in CUDA C++"}[capability[0]]
+    assert (f"{what}: kernels need cuda.core" in left_out) == (missing is not None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "words"),
+    [
+        ((8, 9), None, "int4/int4 of head dimension 64 (native), int4/int4 of head dimension 128 (native)"),
+        ((9, 0), None, "int8/int8 of head dimension 64 (sm90), int8/int8 of head dimension 128 (sm90)"),
+        ((9, 0), "they need cuda.core", "(sm90), which Triton does slower: they need cuda.core"),
+        ((10, 0), None, "nothing, for this GPU Triton's kernels are faster"),
+    ],
+)
+def test_what_runs_in_cuda_c_and_why_not_is_said(capability, missing, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(native, "missing", lambda: missing)
+    monkeypatch.setattr(selfcheck, "_query", lambda dim, device: _OnAGpu(dim))
+    assert words in selfcheck.in_cuda_here(torch.device("cuda"))
+
+
+class _OnAGpu:
+    def __init__(self, dim):
+        self.device, self.dtype, self.shape = torch.device("cuda"), torch.bfloat16, (1, 128, 1, dim)
 
 
 @pytest.mark.gpu

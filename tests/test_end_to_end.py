@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 
 import architectures
 import end_to_end as benchmark
+import forward_tables
 import forwards
 import gate
 import kernel_times
@@ -592,6 +593,7 @@ def test_depths_are_read():
 def test_kernels_are_told_apart_by_name():
     names = {
         "_hopper_kernel": "attention",
+        "sm90_attention": "attention",
         "_lists_kernel": "attention",
         "_rows_kernel": "prepare",
         "_values_kernel": "prepare",
@@ -746,8 +748,8 @@ def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, m
 )  # fmt: skip
 def test_ours_is_compared_with_the_dense_row_that_has_all_else_in_common(other):
     ours, right = row(4400.0, "paroattn", **OURS), row(11000.0)
-    assert tables.dense_row([ours, right | other, right], ours) is right
-    assert tables.dense_row([ours, right | other], ours) is None
+    assert forward_tables.dense_row([ours, right | other, right], ours) is right
+    assert forward_tables.dense_row([ours, right | other], ours) is None
 
 
 def test_forecasts_are_compared_with_what_was_measured(tmp_path, monkeypatch):

@@ -543,9 +543,23 @@ def test_demands_hold_ours_against_the_best_of_each_kind_and_the_oracle(made):
     )
 
 
+def test_the_short_table_has_means_and_worst_clips_of_clips_without_dense_steps_ours_first(made):
+    made(
+        row("paper", [26.0, 28.0]), row("paroattn", [30.0, 34.0]), row("paroattn", [25.0, 29.0], 0.2),
+        row("paper", [36.0, 38.0], 0.2, 0.2), row("paper", [11.0, 12.0], frames=1), row("dense", [60.0, 61.0], 1.0),
+        row("paroattn", [1.0, 2.0], precision="int8"),
+    )  # fmt: skip
+    assert lines_of(fidelity_tables.fidelity_short()) == [
+        "| PSNR against dense, dB: mean, worst clip | density 0.5 | density 0.2 |",
+        "| --- | ---: | ---: |",
+        "| **paroattn** | 32.0, 30.0 | 27.0, 25.0 |",
+        "| PAROAttention's own rule | 27.0, 26.0 | – |",
+    ]
+
+
 def test_without_results_the_tables_say_so(made):
     made()
-    for each in ("comparison", "images", "demands", "formats"):
+    for each in ("comparison", "fidelity_short", "images", "demands", "formats"):
         assert getattr(fidelity_tables, each)() == "Not measured yet.\n"
 
 

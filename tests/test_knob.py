@@ -388,10 +388,11 @@ def test_times_that_were_measured_decide_and_count(statistics, monkeypatch):
     """A GPU on which a block of INT4 takes a quarter less: plans are faster by that and no more."""
     rates = rates_of("NVIDIA H200")
     eight = rates.kernel(128, BLOCK, "int8")
-    four = replace(eight, block_ns=0.75 * eight.block_ns)
-    measured = replace(rates, gpu="sm_86", kernels={**rates.kernels, (128, "int4/int4", BLOCK): four})
-    monkeypatch.setattr(cost, "_packaged", lambda: {"sm_86": measured})
-    assert saved_by_four_bits("sm_86", 128, BLOCK) == pytest.approx(0.25)
+    for share, taken in ((1.1, 0.0), (0.96, 0.0), (0.94, 0.06), (0.75, 0.25)):  # less than 5 % would not pay
+        four = replace(eight, block_ns=share * eight.block_ns)
+        measured = replace(rates, gpu="sm_86", kernels={**rates.kernels, (128, "int4/int4", BLOCK): four})
+        monkeypatch.setattr(cost, "_packaged", lambda measured=measured: {"sm_86": measured})
+        assert saved_by_four_bits("sm_86", 128, BLOCK) == pytest.approx(taken)
     mixed, statistics = AUTO | {"gpu": "sm_86"}, rounded(statistics)
     drafts = [Draft(statistics, PlanSettings(0.3, int4_share=share, **mixed)) for share in (0, 1)]
     slow, fast = (draft.curve.at(0.3).attention_ms for draft in drafts if draft.curve)

@@ -306,7 +306,7 @@ def test_on_a_cpu_the_reference_needs_no_warning_and_the_interpreter_an_order():
         ("triton", "fp8/int4", "triton needs tensors on a GPU, .* got fp8/int4 on torch.bfloat16 tensors on cuda:0"),
         ("cpu", None, "cpu needs float32 tensors on a CPU .* got bf16 on torch.bfloat16 tensors on cuda:0"),
         ("auto", "fp64", "reference needs float64 tensors for precision fp64; got fp64 on torch.bfloat16"),
-        ("cuda", None, "impl must be auto or one of cpu, reference, triton, native; got 'cuda'"),
+        ("cuda", None, "impl must be auto or one of cpu, reference, triton, native, sm90; got 'cuda'"),
     ],
 )
 def test_what_cannot_run_on_a_gpu_is_refused(impl, precision, message):

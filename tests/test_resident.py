@@ -221,6 +221,16 @@ def test_on_a_gpu_a_captured_call_follows_the_phase_and_nothing_waits():
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_a_mask_that_is_there_already_is_followed_like_one_of_the_host():
+    mask, _ = _large()
+    there = BlockMask(mask.bits.cuda(), mask.key_blocks, mask.block)
+    ours, other = (ResidentMask(each, (512, 0), torch.device("cuda"), launch_order=True) for each in (there, mask))
+    for phase in (0, 2, 1):
+        assert torch.equal(ours.follow(phase).bits, other.follow(phase).bits)
+    assert torch.equal(there.bits.cpu(), mask.bits)  # following wrote over its own memory, not over the plan's
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_a_captured_call_of_two_precisions_follows_the_phase():
     mask, qkv = _large()
     names, order = ("int8", "int4"), torch.zeros(HEADS, dtype=torch.int32, device="cuda")

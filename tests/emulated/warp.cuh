@@ -2,6 +2,7 @@
 // others, which then run. So that what is not waited for goes wrong, a warp runs as far as it can before the next does,
 // copies arrive as late as they may, and shared memory starts as rubbish.
 #pragma once
+#include <calling.cuh>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -134,16 +135,6 @@ inline Word as_half(double x) {
     return sign + (fraction < 1024 ? Word(fraction) : Word(fraction) - 1024 + (Word(exponent + 15) << 10));
 }
 
-// Call a kernel with arguments of its types, whose addresses are given
-template <class... Given, size_t... I>
-void call(void (*kernel)(Given...), void** given, std::index_sequence<I...>) {
-    kernel(*(Given*)given[I]...);
-}
-template <class... Given>
-void call(void (*kernel)(Given...), void** given) {
-    call(kernel, given, std::index_sequence_for<Given...>());
-}
-
 inline void (*kernel_of_block)();
 inline void start() {
     kernel_of_block();
@@ -178,13 +169,14 @@ inline void run_block(int index, int threads, int shared_bytes) {
 #define KERNEL(threads, programs) static void
 #define DEVICE inline
 #define UNROLL
-// The function that runs a kernel, as cuLaunchKernel would be told to
-#define EMULATED(kernel)                                                                 \
-    static void** arguments;                                                             \
-    extern "C" void emulate(int blocks, int threads, int shared_bytes, void** given) {   \
-        arguments = given;                                                               \
-        emulated::kernel_of_block = [] { emulated::call(kernel, arguments); };           \
-        for (int i = 0; i < blocks; i++) emulated::run_block(i, threads, shared_bytes);  \
+// The function that runs a kernel; true, since what is wrong ends the process
+#define EMULATED(kernel)                                                                               \
+    static void** arguments;                                                                           \
+    extern "C" int emulate(int blocks, int threads, int shared_bytes, unsigned seed, void** given) {   \
+        arguments = given;                                                                             \
+        emulated::kernel_of_block = [] { call(kernel, arguments); };                                   \
+        for (int i = 0; i < blocks; i++) emulated::run_block(i, threads, shared_bytes);                \
+        return true;                                                                                   \
     }
 
 inline int thread_in_block() { return emulated::block->thread; }

@@ -75,8 +75,18 @@ def describe_machine(device: Any) -> dict[str, str]:
         found["GPU"] = "none that PyTorch sees"
     found["driver"] = _driver() or "no NVIDIA driver"
     found["CUDA of PyTorch"] = torch.version.cuda or "none, this build is for CPUs"
+    if device.type == "cuda":
+        found["in CUDA C++"] = _in_cuda(device)
     found |= {package: installed(package) or "not installed" for package in PACKAGES}
     return found | {"paroattn": __version__}
+
+
+def _in_cuda(device: Any) -> str:
+    try:
+        from ..kernels.selfcheck import in_cuda_here
+    except ImportError as error:  # without Triton, which `find_problems` names
+        return f"nothing, {error}"
+    return in_cuda_here(device)
 
 
 def find_problems(device: Any, asked: bool = False) -> Iterator[str]:

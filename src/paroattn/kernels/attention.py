@@ -76,11 +76,12 @@ def attention(
         precision: Formats of the two products, such as "int8", for all heads or one per head. None: the tensors' own.
         softmax_scale: Factor on q·k. None: 1 / √D.
         return_lse: Return lse too.
-        impl: "cpu", "triton", "native", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU, and the
-            reference for all else. It computes everything exactly as defined, but slowly; where it runs on a GPU
-            because no kernel handles the formats, blocks or head dimension, a warning says why, once. "native", INT4
-            on matrix units of four bits, takes no text and needs `paroattn[native]`; "auto" takes it on GPUs of
-            capability 8.0 to 8.9, and warns once where that is not installed.
+        impl: "cpu", "triton", "native", "sm90", "reference" or "auto": "cpu" for float32 on a CPU, "triton" on a GPU,
+            and the reference for all else. It computes everything exactly as defined, but slowly; where it runs on a
+            GPU because no kernel handles the formats, blocks or head dimension, a warning says why, once. "native",
+            INT4 on matrix units of four bits, takes no text and needs `paroattn[native]`; "auto" takes it on GPUs of
+            capability 8.0 to 8.9, and warns once where that is not installed. "sm90", INT8 Q·K in CUDA C++ on GPUs of
+            capability 9.0, needs the same; "auto" takes it for what it is faster at, `tiles.PIPELINES`, likewise.
 
     Returns:
         out (B, N, H, D) in the model's order and q's dtype; with `return_lse` also lse (B, H, N) in the model's order,

@@ -19,6 +19,16 @@ def _round(x):
 
 
 @triton.jit
+def _piece(row, column, BYTES: tl.constexpr, SWIZZLED: tl.constexpr):
+    """Where the bytes `column` of rows of 64 or 128 bytes lie in them."""
+    if SWIZZLED:
+        turn = row % 8 if BYTES == 128 else row // 2 % 4
+        return tl.max_contiguous(tl.multiple_of(column[None, :] ^ (turn * 16)[:, None], (1, 16)), (1, 16))
+    else:
+        return column[None, :]
+
+
+@triton.jit
 def _rotate(x, signs, ON_GPU: tl.constexpr):
     """Multiply by ±1 on matrix units, with float32 as the sum of three bf16; the interpreter multiplies no bf16."""
     if not ON_GPU:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..block_mask import BlockMask, blocks_of
-from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, warps_for
+from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, capability, warps_for
 
 ROWS = 64
 
@@ -140,14 +140,15 @@ def gradients_on_gpu(
     presence = torch.empty(batch, heads, tiles, columns, device=q.device)
     d_pad = max(16, triton.next_power_of_2(dim))
     shape = {"ROWS": ROWS, "PER_BLOCK": mask.block[0] // ROWS, "KEYS": mask.block[1], "D_PAD": d_pad}
-    how, wanted = {"PLAIN": INTERPRETED, "num_stages": 2}, 4 if d_pad * mask.block[1] <= 64 * 64 else 8
+    has, wanted = capability(q.device), 4 if d_pad * mask.block[1] <= 64 * 64 else 8
+    how = {"PLAIN": INTERPRETED, "num_stages": 2}
     common = (*operands, lse, centre, kept, readable.to(torch.int32))
     _past_queries[(columns, batch * heads)](
         *common, dk, dv, presence, tokens, heads, tiles, rows, columns, dim, scale, **shape, **how,
-        num_warps=warps_for(mask.block[1], wanted),
+        num_warps=warps_for(mask.block[1], wanted, has),
     )  # fmt: skip
     _past_keys[(tiles, batch * heads)](
-        *common, dq, tokens, heads, rows, columns, dim, scale, **shape, **how, num_warps=warps_for(ROWS, wanted)
+        *common, dq, tokens, heads, rows, columns, dim, scale, **shape, **how, num_warps=warps_for(ROWS, wanted, has)
     )
     per_block = torch.nn.functional.pad(presence, (0, 0, 0, rows * shape["PER_BLOCK"] - tiles))
     return dq, dk, dv, per_block.unflatten(2, (rows, shape["PER_BLOCK"])).sum(3)

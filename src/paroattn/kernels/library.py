@@ -23,6 +23,7 @@ from .reference import reference_attention
 
 TRITON_FORMATS = {"qk": ("int8", "int4", "bf16", "fp16"), "pv": ("int8", "int4", "fp8", "bf16", "fp16")}
 FP32, INT4 = ("fp32", "fp32"), ("int4", "int4")
+HOPPER = (9, 0)
 FOUR_BIT_UNITS = 8
 """First part of the compute capability of GPUs with matrix units of four bits; later ones only imitate them."""
 
@@ -57,6 +58,19 @@ def _native(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
     return _kernels().sparse_attention(*args, **kwargs, four_bit_units=True)
 
 
+def _sm90(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    has = torch.cuda.get_device_capability(args[0].device)
+    if has != HOPPER:
+        raise RuntimeError(
+            f"impl sm90 needs a GPU of compute capability 9.0; got {has[0]}.{has[1]} "
+            f"({torch.cuda.get_device_name(args[0].device)}). Use impl='triton'."
+        )
+    reason = native.missing()
+    if reason is not None:
+        raise RuntimeError(f"{reason} Or use impl='triton'.")
+    return _kernels().sparse_attention(*args, **kwargs, warpgroup_units=True)
+
+
 def _kernels() -> Any:
     try:
         return import_module(".sparse", __package__)
@@ -74,6 +88,11 @@ def _triton_usable(q: Tensor, precision: Precision, text_tokens: int) -> bool:
 
 def _native_usable(q: Tensor, precision: Precision, text_tokens: int) -> bool:
     formats = (precision.qk, precision.pv) == INT4 and text_tokens == 0  # text is rounded to 8 bits
+    return q.device.type == "cuda" and formats and q.dtype != torch.float64
+
+
+def _sm90_usable(q: Tensor, precision: Precision, text_tokens: int) -> bool:
+    formats = precision.qk == "int8" and precision.pv in ("int8", "fp8")
     return q.device.type == "cuda" and formats and q.dtype != torch.float64
 
 
@@ -98,6 +117,7 @@ IMPLEMENTATIONS = {
     "native": Implementation(
         _native, "tensors on a GPU, not float64, int4 for both Q·K and P·V, and no text", _native_usable
     ),
+    "sm90": Implementation(_sm90, "tensors on a GPU, not float64, int8 for Q·K and int8 or fp8 for P·V", _sm90_usable),
 }
 parse = cache(Precision.parse)
 _warned: set[str] = set()
@@ -109,8 +129,10 @@ def choose(
     """Name of the implementation that runs tensors like q.
 
     "auto" takes "cpu" for float32 on a CPU, "triton" on a GPU, and else "reference", which can do everything. On a GPU,
-    where that is slow, a warning names what no kernel handles, once. INT4 without text, on a GPU that has matrix units
-    of four bits, takes "native"; where `cuda.core` or NVRTC is missing, "triton", and a warning says so, once.
+    where that is slow, a warning names what no kernel handles, once. Two kernels in CUDA C++ are taken where they are
+    faster: "native" for INT4 without text on a GPU that has matrix units of four bits, and "sm90" for what
+    `tiles.PIPELINES` lists on one of capability 9.0; where `cuda.core` or NVRTC is missing, "triton", and a warning
+    says so, once.
 
     Raises:
         ValueError: If `impl` is unknown or cannot do what is asked.
@@ -148,14 +170,27 @@ def _automatic(
     reason = _kernels().refusal(q, mask, softmax_scale)
     if reason is not None:
         return "reference", slow + reason
-    if not _native_usable(q, precision, text_tokens):
-        return "triton", None
-    if torch.cuda.get_device_capability(q.device)[0] != FOUR_BIT_UNITS:
-        return "triton", None
-    missing = native.missing()
-    if missing is None:
-        return "native", None
-    return "triton", f"INT4 runs on the 8-bit matrix units of {q.device}, no faster than INT8, because {missing}"
+    faster = in_cuda(q, mask, precision, text_tokens)
+    missing = None if faster is None else native.missing()
+    if faster is None or missing is not None:
+        return "triton", faster and f"{WITHOUT[faster].format(q.device)}, because {missing}"
+    return faster, None
+
+
+def in_cuda(q: Tensor, mask: BlockMask, precision: Precision, text_tokens: int) -> str | None:
+    """The kernel in CUDA C++, if any, that is faster on the tensor's GPU than "triton"."""
+    if _native_usable(q, precision, text_tokens):
+        return "native" if torch.cuda.get_device_capability(q.device)[0] == FOUR_BIT_UNITS else None
+    pipeline_of = import_module(".tiles", __package__).pipeline_of
+    if _sm90_usable(q, precision, text_tokens) and pipeline_of(precision, mask.block, q.shape[-1]):
+        return "sm90" if torch.cuda.get_device_capability(q.device) == HOPPER else None
+    return None
+
+
+WITHOUT = {
+    "native": "INT4 runs on the 8-bit matrix units of {}, no faster than INT8",
+    "sm90": "attention runs in Triton on {}, up to a sixth slower than in CUDA C++",
+}
 
 
 @torch.compiler.assume_constant_result

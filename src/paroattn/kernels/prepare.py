@@ -13,7 +13,8 @@ kernel takes column 16 h + 8 g + 2 t + i of P for column 16 h + 4 t + 2 g + i; V
 
 Layout: q, k and 16-bit v (B, H, tokens, D'), 8-bit v (B, H, D', tokens), D' = 64 or 128, tokens padded to whole blocks.
 Padding, of channels and of tokens, is 0; what pads the text counts as padding in K and V. 16-bit operands are only
-gathered.
+gathered. Swizzled, for products that read them where bulk copies put them: v (B, H, key blocks, D', tokens of a block),
+and row n of every 8-bit operand with its 16-byte pieces p at p ⊕ (n mod 8), or at p ⊕ (n / 2 mod 4) in rows of 64.
 
 Packed, two numbers share a byte, the first in its lower half: q (B, H, tokens, D' / 2); k (B, H, key blocks,
 tokens of a block + a 16th, D' / 2), where the lower and the upper four bits of each middle follow what is left of the
@@ -32,7 +33,16 @@ from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from . import four_bits
-from .elements import _carried_runs, _gather, _packed_middles, _packed_runs, _rotated, _round, _transposed_runs
+from .elements import (
+    _carried_runs,
+    _gather,
+    _packed_middles,
+    _packed_runs,
+    _piece,
+    _rotated,
+    _round,
+    _transposed_runs,
+)
 from .feedback import feedback_of
 from .four_bit_rows import _four_bit_rows_kernel
 from .reference import MEAN_OF_EVERY
@@ -69,9 +79,9 @@ class Operands:
     Attributes:
         q: (B, H, query tokens, D').
         k: (B, H, key tokens, D').
-        v: (B, H, D', key tokens) in 8 bits, else (B, H, key tokens, D').
+        v: (B, H, D', key tokens) in 8 bits, (B, H, key blocks, D', tokens) if swizzled; else (B, H, key tokens, D').
         q_scale: (B, H, query tokens) float32, softmax_scale · log2 e included; None for 16 bits.
-        k_scale: (B, H, key blocks) float32; None for 16 bits.
+        k_scale: (B, H, key blocks) float32, swizzled the first of (B, H, key blocks, 4); None for 16 bits.
         v_scale: (B, H, D') float32; None for 16 bits.
         v_start: (B, H, key blocks, D') int32 for INT8: `BIAS` + 128 · sum of v over the block; else None.
         shift: (B, H, query tokens) float32: softmax_scale · q·k̄, what smoothing took from lse; None if nothing.
@@ -111,7 +121,7 @@ def _rows_kernel(
     x_ptr, table_ptr, order_ptr, valid_ptr, signs_ptr, mean_ptr, centre_ptr, out_ptr, scale_ptr, shift_ptr,
     stride_b, stride_n, stride_h, stride_d,
     N, H, BLOCKS, factor, softmax_scale, smallest, norm, top,
-    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr,
+    IS_KEY: tl.constexpr, HAS_SHIFT: tl.constexpr, ON_GPU: tl.constexpr, SWIZZLED: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A few blocks of rows of Q or K in INT8, one after the other; grid (token blocks / AT_ONCE, B·H)."""
@@ -139,16 +149,16 @@ def _rows_kernel(
         rows = bh * BLOCKS * TOKENS + n
         if IS_KEY:
             scale = tl.maximum(tl.max(largest, 0) / top, smallest)
-            tl.store(scale_ptr + bh * BLOCKS + block, scale)
+            tl.store(scale_ptr + (bh * BLOCKS + block) * (4 if SWIZZLED else 1), scale)
             inverse = tl.full([TOKENS], 1.0, tl.float32) / scale
         else:
             scale = tl.maximum(largest / top, smallest)
             tl.store(scale_ptr + rows, scale * factor)
             inverse = 1.0 / scale
-        out = out_ptr + rows[:, None] * D_PAD + d[None, :]
-        tl.store(out, _round(left * inverse[:, None]).to(tl.int8))
+        out = out_ptr + rows[:, None] * D_PAD
+        tl.store(out + _piece(n, d, D_PAD, SWIZZLED), _round(left * inverse[:, None]).to(tl.int8))
         if D_PAD == 128:
-            tl.store(out + 64, _round(right * inverse[:, None]).to(tl.int8))
+            tl.store(out + _piece(n, d + 64, D_PAD, SWIZZLED), _round(right * inverse[:, None]).to(tl.int8))
         if HAS_SHIFT:
             shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
             if D_PAD == 128:
@@ -161,7 +171,8 @@ def _values_kernel(
     v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
     stride_b, stride_n, stride_h, stride_d,
     N, H, carry, from_fourth,
-    STORED: tl.constexpr, PACKED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    STORED: tl.constexpr, PACKED: tl.constexpr, SWIZZLED: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """64 channels of one key block of V in 8 or 4 bits; grid (key blocks · D_PAD / 64, B·H)."""
     PARTS: tl.constexpr = D_PAD // 64
@@ -175,7 +186,11 @@ def _values_kernel(
     v_ptr += b * stride_b + h * stride_h + first * stride_d
     tokens = blocks.to(tl.int64) * TOKENS
     inverse = 1.0 / tl.load(v_scale_ptr + bh * D_PAD + d)
-    out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
+    if SWIZZLED:
+        rows = (bh * blocks + block) * D_PAD + d
+        out = out_ptr + rows[:, None] * TOKENS + _piece(d, place, TOKENS, True)
+    else:
+        out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
     if STORED == "int4":
         runs, middle = _carried_runs(
             v_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, block * TOKENS, D - first, TOKENS
@@ -220,6 +235,7 @@ def prepare(
     with_shift: bool,
     text_tokens: int = 0,
     packed: bool = False,
+    swizzled: bool = False,
 ) -> Operands:
     """Gather, rotate, quantise and transpose: the integers of `reference_attention`.
 
@@ -234,6 +250,7 @@ def prepare(
         with_shift: Return `shift`, which lse needs.
         text_tokens: How many tokens are text, the last ones in kernel order.
         packed: For INT4 of both products without text: store two numbers in a byte.
+        swizzled: For INT8 Q·K: store 8-bit operands swizzled.
     """
     batch, tokens, heads, channels = q.shape
     d_pad = 64 if channels <= 64 else 128
@@ -292,7 +309,7 @@ def prepare(
         else:
             out = empty(blocks * size, d_pad // 2, dtype=torch.int8)
         tile = size if is_key else min(size, 64)
-        scale = empty(blocks if is_key else blocks * size)
+        scale = empty(*((blocks, 4) if swizzled else (blocks,))) if is_key else empty(blocks * size)
         blocks = blocks * size // tile
         at_once = KEY_BLOCKS_AT_ONCE[d_pad] if is_key else BLOCKS_AT_ONCE
         common = tokens_args | constants | sizes | _strides(x) | {
@@ -301,19 +318,21 @@ def prepare(
             "BLOCKS": blocks, "TOKENS": tile, "AT_ONCE": at_once, "ON_GPU": not INTERPRETED,
             "factor": softmax_scale * LOG2_E, "softmax_scale": softmax_scale,
         }  # fmt: skip
-        grid = triton.cdiv(blocks, at_once), batch * heads
+        grid, has = (triton.cdiv(blocks, at_once), batch * heads), capability(q.device)
         if in_four_bits:
-            how = rows_of(capability(q.device), is_key, d_pad)
+            how = rows_of(has, is_key, d_pad)
             _four_bit_rows_kernel[grid](
                 x, feedback_ptr=for_keys if is_key else for_queries, top=FOUR_BITS_TOP["k" if is_key else "q"],
                 highest_middle=four_bits.LARGEST_MIDDLE, RUN=four_bits.TOKENS_PER_MIDDLE, PACKED=packed,
                 HAS_TEXT=text_tokens > 0, VIDEO=tokens - text_tokens,
-                num_warps=warps_for(tile, how.warps), num_stages=how.stages,
+                num_warps=warps_for(tile, how.warps, has), num_stages=how.stages,
                 maxnreg=None if packed else how.registers, **common,
             )  # fmt: skip
         else:
             warps = 8 if x.dtype == torch.float32 else KEY_WARPS[d_pad] if is_key else 4
-            _rows_kernel[grid](x, top=127.0, num_warps=warps_for(tile, warps), num_stages=STAGES, **common)
+            _rows_kernel[grid](
+                x, top=127.0, SWIZZLED=swizzled, num_warps=warps_for(tile, warps, has), num_stages=STAGES, **common,
+            )  # fmt: skip
         return out, scale
 
     q_, q_scale = rows(q, query_blocks, block[0], is_key=False)
@@ -321,13 +340,14 @@ def prepare(
     if not scaled:
         v_ = gathered(v, key_blocks, block[1], precision.pv, False)
         return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
-    v_shape = (key_blocks, d_pad, block[1] // 2 + 16) if packed else (d_pad, key_blocks * block[1])
+    v_blocks = (key_blocks, d_pad, block[1] // 2 + 16 if packed else block[1])
+    v_shape = v_blocks if packed or swizzled else (d_pad, key_blocks * block[1])
     v_ = empty(*v_shape, dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
         carry=four_bits.CARRY, from_fourth=four_bits.CARRY_FROM_FOURTH,
-        STORED=precision.pv, PACKED=packed, **sizes, TOKENS=block[1],
+        STORED=precision.pv, PACKED=packed, SWIZZLED=swizzled, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
 

@@ -18,7 +18,7 @@ class ResidentMask:
     new phase from then on. On a CPU the plan's own memory is read.
 
     Args:
-        mask: Of all phases, over the video, on the host.
+        mask: Of all phases, over the video; best on the host, where it takes no memory of the device.
         tokens: Of the video and of the text.
         device: Where it is wanted.
         launch_order: Whether kernels will ask for `BlockMask.launch_order`.
@@ -45,7 +45,7 @@ class ResidentMask:
 
     def _made(self, phase: int) -> BlockMask:
         bits = self._mask.bits[phase]
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and bits.device.type == "cpu":
             bits = bits.pin_memory()  # from pageable memory, the copy would wait for the GPU
         moved = bits.to(self._device, non_blocking=True, copy=self._overwrite)
         whole = BlockMask(moved, self._mask.key_blocks, self._mask.block).with_text(*self._tokens)

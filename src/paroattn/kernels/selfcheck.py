@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..block_mask import BlockMask, blocks_of
 from ..grid import Grid, Layout, TextSpan
+from ..precision import Precision
 from . import native
 from .attention import attention
 from .block_stats import block_stats
-from .library import FOUR_BIT_UNITS
+from .library import FOUR_BIT_UNITS, HOPPER, in_cuda
 
 BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))
 HEAD_DIMS = (64, 128)
@@ -83,6 +84,8 @@ def configurations(device: torch.device) -> list[Configuration]:
         ]
         if has[0] == FOUR_BIT_UNITS and native.missing() is None:
             wanted.append(("native", "int4/int4", torch.bfloat16))
+        if has == HOPPER and native.missing() is None:
+            wanted += [("sm90", precision, torch.bfloat16) for precision in ("int8/fp8", "int8/int8")]
     else:
         wanted = [("cpu", "fp32", torch.float32)]
         if _interpreted():
@@ -95,14 +98,34 @@ def skipped(device: torch.device) -> list[str]:
     if device.type == "cuda":
         has = torch.cuda.get_device_capability(device)
         left_out = [] if has >= FP8_FROM else [f"int8/fp8: this GPU has capability {has[0]}.{has[1]}, FP8 needs 8.9"]
-        missing = native.missing() if has[0] == FOUR_BIT_UNITS else None
-        return left_out if missing is None else [*left_out, f"int4/int4 on matrix units of four bits: {missing}"]
+        in_cuda = {FOUR_BIT_UNITS: "int4/int4 on matrix units of four bits", HOPPER[0]: "int8 in CUDA C++"}.get(has[0])
+        missing = native.missing() if in_cuda else None
+        return left_out if missing is None else [*left_out, f"{in_cuda}: {missing}"]
     if _interpreted():
         return ["int8/fp8, bf16, statistics, times: Triton's interpreter does not compute them as a GPU does"]
     return [
         "Triton kernels: there is no GPU. One adds block-sparse attention in INT8, FP8 and bf16, statistics for large "
         "models, and times. TRITON_INTERPRET=1 runs the INT8 kernels in Triton's interpreter here, slowly"
     ]
+
+
+def in_cuda_here(device: torch.device) -> str:
+    """What "auto" runs in CUDA C++ on a GPU, or why nothing, in words."""
+    block: dict[int, tuple[int, int]] = {64: (64, 128), 128: (128, 128)}
+    faster = []
+    for name, dim in product(("int8/fp8", "int8/int8", "int4/int4"), HEAD_DIMS):
+        q = _query(dim, device)
+        mask = BlockMask.from_dense(torch.ones(1, 128 // block[dim][0], 1, dtype=torch.bool), block[dim])
+        impl = in_cuda(q, mask, Precision.parse(name), 0)
+        faster += [f"{name} of head dimension {dim} ({impl})"] if impl else []
+    if not faster:
+        return "nothing, for this GPU Triton's kernels are faster"
+    reason = native.missing()
+    return ", ".join(faster) if reason is None else f"not {', '.join(faster)}, which Triton does slower: {reason}"
+
+
+def _query(dim: int, device: torch.device) -> Tensor:
+    return torch.empty(1, 128, 1, dim, dtype=torch.bfloat16, device=device)
 
 
 def check_kernels(device: torch.device) -> Iterator[Check]:

@@ -34,15 +34,19 @@ from ..precision import Precision
 from .elements import _round
 from .prepare import LOG2_E, Operands, _signs, prepare
 from .tiles import (
+    ALONE,
     BLOCKS,
     INTERPRETED,
     LARGEST_HEAD,
     LOWEST_CAPABILITY,
     WARPS,
+    Pipeline,
     Ring,
     Tile,
     Warps,
     capability,
+    padded,
+    pipeline_of,
     tile_of,
     units,
     warps_for,
@@ -273,10 +277,12 @@ def sparse_attention(
     text_tokens: int = 0,
     return_lse: bool = True,
     four_bit_units: bool = False,
+    warpgroup_units: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Block-sparse attention on a GPU: arguments and results of `reference_attention`, lse on request.
 
-    With `four_bit_units`, INT4 of both products runs on matrix units of four bits.
+    With `four_bit_units`, INT4 of both products runs on matrix units of four bits; with `warpgroup_units`, INT8
+    Q·K runs in CUDA C++ on those of Hopper.
 
     Raises:
         ValueError: If blocks, head dimension or softmax_scale are not handled.
@@ -287,14 +293,18 @@ def sparse_attention(
     if valid_tokens is None:
         valid_tokens = torch.full((batch,), tokens, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
+        d_pad = padded(q.shape[-1])
+        if four_bit_units:
+            tile = WARPS[d_pad, mask.block[1]]
+        elif warpgroup_units:
+            tile = pipeline_of(precision, mask.block, d_pad) or ALONE[d_pad]
+        else:
+            tile = tile_of(capability(q.device), precision, mask.block, d_pad)
         operands = prepare(
             q, k, v, table=table, order=order, valid=valid_tokens, block=mask.block, precision=precision,
             softmax_scale=softmax_scale, with_shift=return_lse, text_tokens=text_tokens, packed=four_bit_units,
+            swizzled=isinstance(tile, Pipeline),
         )  # fmt: skip
-        if four_bit_units:
-            tile = WARPS[operands.v.shape[-2], mask.block[1]]
-        else:
-            tile = tile_of(capability(q.device), precision, mask.block, operands.q.shape[-1])
         return attend(
             operands, q.shape, q.dtype, table=table, order=order, mask=mask, precision=precision, tile=tile,
             softmax_scale=softmax_scale, valid=valid_tokens, return_lse=return_lse,
@@ -310,7 +320,7 @@ def attend(
     order: Tensor,
     mask: BlockMask,
     precision: Precision,
-    tile: Tile | Ring | Warps,
+    tile: Tile | Ring | Pipeline | Warps,
     softmax_scale: float,
     valid: Tensor,
     return_lse: bool,
@@ -341,6 +351,10 @@ def attend(
             operands.q, operands.k, operands.v, operands.v_start, block=mask.block, ring=tile,
             programs=programs, **units(precision), **arguments,
         )  # fmt: skip
+    elif isinstance(tile, Pipeline):
+        from . import sm90
+
+        sm90.launch(operands, block=mask.block, pipeline=tile, programs=programs, pv=precision.pv, **arguments)
     elif isinstance(tile, Warps):
         from . import int4
 
@@ -360,6 +374,7 @@ def _launch(
     parts = units(precision)
     d_pad, keys, eight_bits = operands.q.shape[-1], block[1], parts["PV"] != "half"
     rows = min(tile.rows, block[0])
+    warps = warps_for(rows, tile.warps, capability(operands.q.device))
     split = block[0] // rows
     k, v = operands.k, operands.v
     if tile.descriptors:
@@ -368,7 +383,7 @@ def _launch(
     _sparse_kernel[(programs * split,)](
         operands.q, k, v, **arguments, **parts, DESCRIPTORS=tile.descriptors,
         ON_GPU=not INTERPRETED, PLAIN_DOT=INTERPRETED and parts["QK"] == "half",
-        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=warps_for(rows, tile.warps), num_stages=tile.stages,
+        ROWS=rows, SPLIT=split, D_PAD=d_pad, num_warps=warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -380,7 +395,7 @@ def launch_order(mask: BlockMask) -> Tensor:
 def keep_constants(device: torch.device, dtype: torch.dtype, channels: int) -> None:
     """Make the tensors that stay from call to call."""
     if channels <= LARGEST_HEAD:
-        _signs(64 if channels <= 64 else 128, dtype, device)
+        _signs(padded(channels), dtype, device)
 
 
 def refusal(q: Tensor, mask: BlockMask, softmax_scale: float) -> str | None:

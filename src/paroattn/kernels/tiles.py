@@ -53,6 +53,31 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How a program of `sm90.py` is compiled.
+
+    Attributes:
+        programs: Programs that share a multiprocessor.
+        stages: Key blocks in its ring.
+        warpgroups: Warpgroups of 64 rows that share the ring; more than one has a producer warpgroup beside them.
+        cluster: Programs on neighbouring multiprocessors that share loads: 1, or all parts of a query block.
+        ahead: Multiply the values of a block while the weights of the next are made.
+        biased: Products of scores start at the bias that lets their bits be read as floats; else it is added later.
+        promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32.
+        matrix_sums: FP8 rows are summed by matrix units, after rounding.
+    """
+
+    programs: int
+    stages: int
+    warpgroups: int = 1
+    cluster: int = 1
+    ahead: bool = False
+    biased: bool = False
+    promote: int = 1
+    matrix_sums: bool = False
+
+
+@dataclass(frozen=True)
 class Warps:
     """How a program of `cuda/int4.cu` is compiled.
 
@@ -113,6 +138,15 @@ RINGS = {
     ("int8", 64, 64): Ring(4, 96, matrix_sums=True),
 }
 """Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
+ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
+"""By D': whatever the blocks and the format."""
+PIPELINES = {
+    # (format of P·V, D', blocks), for INT8 Q·K: those that beat the Gluon kernel on an H200
+    ("fp8", 128, (128, 128)): Pipeline(programs=3, stages=2, matrix_sums=True),
+    ("int8", 128, (128, 128)): ALONE[128],
+    ("int8", 64, (64, 128)): ALONE[64],
+}
+"""What GPUs of capability 9.0 do in CUDA C++ by themselves; elsewhere the Gluon kernel runs."""
 WARPS = {
     # (D', tokens of a key block): as many programs as there are registers for without spills
     (128, 128): Warps(64, 2, 2),
@@ -131,12 +165,12 @@ FOUR_BIT_ROWS |= {((8, 0), of_keys, d_pad): Rows(8 if of_keys else 4, 1) for _, 
 HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-def warps_for(rows: int, wanted: int) -> int:
-    """How many warps may share products of so many rows, 16 for each.
+def warps_for(rows: int, wanted: int, has: tuple[int, int]) -> int:
+    """How many warps may share products of so many rows: on Hopper 16 rows for each.
 
-    With fewer, Triton's code for Hopper reads beyond an operand in shared memory where products follow from each other.
+    With fewer, Triton's code for it reads beyond an operand in shared memory where products follow from each other.
     """
-    return min(wanted, rows // 16)
+    return min(wanted, rows // 16) if has[0] == 9 else wanted
 
 
 def units(precision: Precision) -> dict[str, Any]:
@@ -159,6 +193,16 @@ def tile_of(has: tuple[int, int], precision: Precision, block: tuple[int, int], 
         return ring
     known = [lowest for lowest, *key in TILES if key == [pv, d_pad] and lowest <= has]
     return TILES[max(known), pv, d_pad]
+
+
+def pipeline_of(precision: Precision, block: tuple[int, int], channels: int) -> Pipeline | None:
+    """How `sm90.py` does what it is faster at than the Gluon kernel; None for all else."""
+    return PIPELINES.get((precision.pv, padded(channels), block)) if precision.qk == "int8" else None
+
+
+def padded(channels: int) -> int:
+    """The head dimension that kernels are compiled for."""
+    return 64 if channels <= 64 else 128
 
 
 def rows_of(has: tuple[int, int], of_keys: bool, d_pad: int) -> Rows:

@@ -25,6 +25,8 @@ Kind = tuple[int, str, tuple[int, int]]
 MODES = ("eager", "compiled")
 FOUR_BIT_UNITS = ("sm_80", "sm_86", "sm_87", "sm_89")
 """Architectures with matrix units for four-bit integers, by published peak rates twice as fast as for eight."""
+LEAST_SAVED = 0.05
+"""Of a block's time, by which INT4 must be faster than INT8 to be chosen."""
 ARCHITECTURES = (*FOUR_BIT_UNITS, "sm_90", "sm_100", "sm_103", "sm_120")
 """What a GPU without packaged rates may be named by."""
 RATES = Path(__file__).parent / "rates.json"
@@ -265,13 +267,15 @@ def check_gpu(gpu: str) -> None:
 def saved_by_four_bits(gpu: str, head_dim: int, block: tuple[int, int]) -> float:
     """Share of a kept block's time in INT8 that INT4 saves.
 
-    As measured where both were. Else a half on architectures with matrix units for it, which is what peak rates promise
-    and no kernel keeps, and nothing elsewhere.
+    As measured where both were, and nothing if that is less than `LEAST_SAVED`, which does not pay for preparing INT4.
+    Else a half on architectures with matrix units for it, which is what peak rates promise and no kernel keeps, and
+    nothing elsewhere.
     """
     known = _packaged()[gpu].kernels if gpu in _packaged() else {}
     eight, four = (known.get((head_dim, formats_of(name), block)) for name in ("int8", "int4"))
     if eight is not None and four is not None:
-        return max(0.0, 1 - four.block_ns / eight.block_ns)
+        saved = 1 - four.block_ns / eight.block_ns
+        return saved if saved >= LEAST_SAVED else 0.0
     return 0.5 if gpu in FOUR_BIT_UNITS else 0.0
 
 

@@ -1,0 +1,409 @@
+// Block-sparse attention on sm_90a: INT8 Q·K, FP8 or INT8 P·V. What it computes is written down in ../reference.py.
+//
+// A program has WARPGROUPS warpgroups of 64 query rows, a query block together or a part of one, which share a ring of
+// STAGES kept blocks of K and V (sm90_ring.cuh). In a warpgroup, block after block, in base 2 (scales carry log2 e):
+//
+//     s = q kᵀ                            on matrix units; 12582912 is added, so that its bits read as a float
+//     FP8   if any s·scale > m + 1:       m ← row maximum; what was added so far shrinks. Rare after the first blocks
+//           p = exp2(s·scale − m) · 224
+//     INT8  b = row maximum of s·scale; if any b > m + 64: m ← b, likewise
+//           p = exp2(s·scale − b) · 255 · 2⁻²⁴, rounded to 2⁻²⁴: a byte; share = exp2(b − m)
+//     acc, total += (p v, row sum of p) · share
+// out = acc / total · v_scale
+//
+// AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs, the
+// weights of block i are made from the first. BIASED: products of s start at the bias, instead of an addition to each
+// score. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits, before they are added to
+// acc in float32. MATRIX_SUMS: FP8 rows are summed by eight further columns of ones.
+#include <sm90_ring.cuh>
+
+constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
+constexpr int OUT = HEAD_DIM / 2;
+constexpr int SUMS = OUT + (MATRIX_SUMS ? 4 : 0);
+
+constexpr u32 BIAS_BITS = 0x4B400000;
+constexpr float BIAS = 12582912.0f;
+constexpr float TOP = INT8_VALUES ? 7.994353436858858f : 7.807354922057604f;  // log2 255 and log2 224
+constexpr float SLACK = INT8_VALUES ? 64.0f : 1.0f;
+constexpr u32 LOWEST = 0xFF800000;  // −∞, and less than every biased score as an integer too
+constexpr u32 STILL_TO_ADD = BIASED ? 0 : BIAS_BITS;
+constexpr u32 HIDDEN = LOWEST - STILL_TO_ADD;
+
+#if OUT_BYTES == 2
+DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
+#else
+DEVICE u32 pack_output(float a, float b) { return 0; }
+#endif
+
+struct alignas(16) Piece {
+    u32 x[4];
+};
+
+// The rows of a thread: 8 r + lane / 4, r = 0 and 1, of the 16 of its warp. It holds columns 8 c + 2 (lane % 4) + i of
+// them in registers 4 c + 2 r + i.
+struct Rows {
+    float q_scale[2], m[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
+    float scale[2], origin[2], share[2] = {1, 1}, shrink[2];
+    bool grown;
+
+    // Scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
+    template <int N>
+    DEVICE void look(const u32 (&s)[N], float k_scale) {
+        float highest[2];
+        u32 top[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            scale[r] = q_scale[r] * k_scale;
+            u32 half[2] = {larger(s[2 * r], s[2 * r + 1]), larger(s[4 + 2 * r], s[5 + 2 * r])};
+#pragma unroll
+            for (int c = 2; c < SCORES / 4; ++c)
+                half[c % 2] = larger(larger(half[c % 2], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
+            top[r] = larger(half[0], half[1]) + STILL_TO_ADD;
+            if (INT8_VALUES) top[r] = row_maximum(top[r]);
+            highest[r] = (as_float(top[r]) - BIAS) * scale[r];
+        }
+        shrink[0] = shrink[1] = 1;
+        grown = any_lane(highest[0] > m[0] + SLACK || highest[1] > m[1] + SLACK);
+        if (grown) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float b = INT8_VALUES ? highest[r] : (as_float(row_maximum(top[r])) - BIAS) * scale[r];
+                const float larger_m = larger(m[r], b);
+                shrink[r] = exp2_unit(m[r] - larger_m);
+                total[r] *= shrink[r];
+                m[r] = larger_m;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            origin[r] = INT8_VALUES ? TOP - 24 - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
+            if (INT8_VALUES) share[r] = exp2_unit(highest[r] - m[r]);
+        }
+    }
+
+    // Scores → p in 8 bits: of 32 keys, 2 h + r has columns 16 h + 8 g + 2 t + i of row r for bytes 2 g + i. Eight at a
+    // time, so that the assembler mixes what they need with the exponentials of others.
+    DEVICE void weigh(const u32 (&s)[SCORES], u32 (&p)[SCORES / 4]) {
+        u32 sum[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < SCORES; i += 8) {
+            float x[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const int r = j / 2 % 2;
+                x[j] = exp2_unit(multiply_add(as_float(s[i + j] + STILL_TO_ADD), scale[r], origin[r]));
+                if (!INT8_VALUES && !MATRIX_SUMS) total[r] += x[j];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                u32& four = p[i / 4 + r];
+                four = pack(x[2 * r], x[2 * r + 1], x[4 + 2 * r], x[5 + 2 * r]);
+                if (INT8_VALUES) sum[r] = add_bytes(four, sum[r]);
+            }
+        }
+        if (INT8_VALUES) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) total[r] = multiply_add(to_float(sum[r]), share[r], total[r]);
+        }
+    }
+
+    static DEVICE u32 pack(float a, float b, float c, float d) {
+        return INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
+    }
+
+    static DEVICE u32 row_maximum(u32 x) {
+        x = larger(x, from_lane(x, 1));
+        return larger(x, from_lane(x, 2));
+    }
+};
+
+struct Consumer {
+    const Arguments& a;
+    const Work& w;
+    const u32 memory;
+    const int warpgroup;
+    Rows rows;
+    float acc[SUMS];
+    u32 sums[SUMS];  // products with V that are not yet in acc, floats for FP8
+    u32 s[SCORES], p[SCORES / 4];
+
+    DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
+        : a(a), w(w), memory(memory), warpgroup(same_in_warp(thread() / 128)) {
+        const int row = warpgroup * ROWS + thread() % 128 / 32 * 16 + thread() % 32 / 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row + 8 * r];
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) acc[i] = 0, sums[i] = 0;
+    }
+
+    // Scores of nothing.
+    DEVICE void clear() {
+        if constexpr (BIASED) {
+#pragma unroll
+            for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
+            settle(s);
+        }
+    }
+
+    DEVICE void start_scores(const Place& at) {
+        products_begin();
+        const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
+        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 32; ++c)
+            multiply_scores(Columns<KEYS>(), s, q + 2 * c, k + 2 * c, BIASED || c > 0);
+        products_commit();
+    }
+
+    template <int N>
+    DEVICE void start_values(u32 (&sums)[N], const Place& at, int i) {
+        products_begin();
+        const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
+        const bool fresh = i % PROMOTE == 0;
+#pragma unroll
+        for (int c = 0; c < KEYS / 32; ++c) {
+            const u32* four = p + 4 * c;
+            if constexpr (INT8_VALUES)
+                multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+            else
+                multiply_fp8(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+        }
+        products_commit();
+    }
+
+    // Scores of block i, complete → what its weights depend on.
+    DEVICE void look(int i, float k_scale) {
+        if (i == w.whole) hide();
+        rows.look(s, k_scale);
+    }
+
+    // Scores of keys that are not real.
+    DEVICE void hide() {
+#pragma unroll
+        for (int i = 0; i < SCORES; ++i)
+            if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
+    }
+
+    // What has been added in the scale of the new maxima: in float32, and in the matrix units' registers.
+    DEVICE void shrink(float (&sum)[SUMS]) {
+        if (!rows.grown) return;
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d) sum[d] *= rows.shrink[d / 2 % 2];
+    }
+
+    DEVICE void shrink(u32 (&sum)[SUMS]) {
+        if (!rows.grown) return;
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d) sum[d] = as_bits(as_float(sum[d]) * rows.shrink[d / 2 % 2]);
+    }
+
+    // Whether the products of block i, or of −1, before all, complete a sum.
+    DEVICE bool is_promoted(int i) { return (i + 1) % PROMOTE == 0; }
+
+    // Products, complete, into acc.
+    DEVICE void promote(const float (&factor)[2]) {
+#pragma unroll
+        for (int d = 0; d < SUMS; ++d)
+            acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), factor[d / 2 % 2], acc[d]);
+    }
+
+    // This warp has read a stage: all that copy into it hear of it.
+    DEVICE void release(const Place& at) {
+        meet_warp();
+        const int lane = thread() % 32;
+        if constexpr (CLUSTER == 1) {
+            if (lane == 0) barrier_arrive(at.empty(memory));
+        } else {
+            if (lane < CLUSTER) barrier_arrive_at(at.empty(memory), lane);
+        }
+    }
+
+    // Read by the lane that says later that the warp has read it.
+    DEVICE float k_scale(const Place& at) {
+        return as_float(same_in_warp(thread() % 32 == 0 ? read_shared(at.scale(memory)) : 0));
+    }
+
+    // Block after block, products and weights one after the other.
+    template <class Refill>
+    DEVICE void in_order(Refill refill) {
+        Place now;
+        for (int i = 0; i < w.count; ++i) {
+            clear();
+            barrier_wait(now.full(memory), now.odd);
+            start_scores(now);
+            if (i > 0) refill(i - 1 + STAGES);
+            const float scale = k_scale(now);
+            products_wait<0>();
+            settle(s);
+            look(i, scale);
+            shrink(acc);
+            if constexpr (PROMOTE > 1) shrink(sums);
+            rows.weigh(s, p);
+            start_values(sums, now, i);
+            products_wait<0>();
+            settle(sums);
+            release(now);
+            if (is_promoted(i) || i + 1 == w.count) promote(rows.share);
+            now.next();
+        }
+    }
+
+    // The products of scores of block i and of values of block i − 1 together.
+    template <class Refill>
+    DEVICE void ahead(Refill refill) {
+        if (w.count == 0) return;
+        Place now;
+        clear();
+        barrier_wait(now.full(memory), now.odd);
+        start_scores(now);
+        const float first = k_scale(now);
+        products_wait<0>();
+        settle(s);
+        look(0, first);
+        rows.weigh(s, p);
+        for (int i = 1; i < w.count; ++i) {
+            const Place before = now;
+            now.next();
+            clear();
+            barrier_wait(now.full(memory), now.odd);
+            start_scores(now);
+            start_values(sums, before, i - 1);
+            if (i > 1) refill(i - 2 + STAGES);
+            const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
+            products_wait<1>();
+            settle(s);
+            look(i, scale);
+            u32 next[SCORES / 4];
+            rows.weigh(s, next);
+            shrink(acc);  // a branch: the compiler moves no weights behind the wait
+            products_wait<0>();
+            settle(sums);
+            release(before);
+            const float factor[2] = {share[0] * rows.shrink[0], share[1] * rows.shrink[1]};
+            if (is_promoted(i - 1))
+                promote(factor);
+            else
+                shrink(sums);
+#pragma unroll
+            for (int j = 0; j < SCORES / 4; ++j) p[j] = moved(next[j]);
+        }
+        start_values(sums, now, w.count - 1);
+        products_wait<0>();
+        settle(sums);
+        promote(rows.share);
+    }
+
+    // acc / total to its places in the model's order.
+    DEVICE void finish() {
+        const int lane = thread() % 32, quad = lane % 4;
+        const int first = warpgroup * ROWS + thread() % 128 / 32 * 16 + lane / 4;
+        const int* places = a.table + (u64)a.order[w.h] * a.tokens;
+        const float* v_scale = a.v_scale + w.bh * HEAD_DIM + 2 * quad;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float total = rows.total[r];
+            if constexpr (MATRIX_SUMS) {
+                total = acc[OUT + 2 * r];
+            } else {
+                total += from_lane(total, 1);
+                total += from_lane(total, 2);
+            }
+            const float inverse = reciprocal(larger(total, 1e-30f));
+#pragma unroll
+            for (int d = 2 * r; d < OUT; d += 4) {
+                acc[d] *= inverse * v_scale[2 * d - 4 * r];
+                acc[d + 1] *= inverse * v_scale[2 * d - 4 * r + 1];
+            }
+            const int n = w.first + first + 8 * r;
+            const bool real = n < a.tokens;
+            const int place = real ? places[n] : 0;
+            const u64 at = (((u64)w.b * a.tokens + place) * a.heads + w.h) * a.channels;
+            if (OUT_BYTES == 2 && a.channels % 8 == 0)
+                store_pieces(at, r, quad, real);
+            else
+                store_each(at, r, quad, real);
+            if (a.lse && real && quad == 0) {
+                float lse = (rows.m[r] + log2_unit(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
+                if (a.shift) lse += a.shift[w.q_row + first + 8 * r];
+                a.lse[w.bh * a.tokens + place] = total > 0 ? lse : as_float(LOWEST);
+            }
+        }
+    }
+
+    // Eight channels at once: of four groups of eight, each lane of a quad gathers one.
+    DEVICE void store_pieces(u64 at, int r, int quad, bool real) {
+        const bool odd = quad & 1, upper = quad & 2;
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 8; c += 4) {
+            u32 x[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[j] = pack_output(acc[4 * (c + j) + 2 * r], acc[4 * (c + j) + 2 * r + 1]);
+            const u32 near[2] = {from_lane(odd ? x[0] : x[1], 1), from_lane(odd ? x[2] : x[3], 1)};
+            u32 even_lane[2] = {odd ? near[0] : x[0], odd ? near[1] : x[2]};  // of groups 0 or 1, of 2 or 3
+            u32 odd_lane[2] = {odd ? x[1] : near[0], odd ? x[3] : near[1]};
+            const u32 far[2] = {from_lane(upper ? even_lane[0] : even_lane[1], 2),
+                                from_lane(upper ? odd_lane[0] : odd_lane[1], 2)};
+            Piece piece;
+            piece.x[0] = upper ? far[0] : even_lane[0];
+            piece.x[1] = upper ? far[1] : odd_lane[0];
+            piece.x[2] = upper ? even_lane[1] : far[0];
+            piece.x[3] = upper ? odd_lane[1] : far[1];
+            const int channel = 8 * (c + quad);
+            if (real && channel < a.channels) *(Piece*)((u16*)a.out + at + channel) = piece;
+        }
+    }
+
+    DEVICE void store_each(u64 at, int r, int quad, bool real) {
+#pragma unroll
+        for (int d = 0; d < OUT; ++d) {
+            const int channel = d / 4 * 8 + 2 * quad + d % 2;
+            if (d / 2 % 2 != r || !real || channel >= a.channels) continue;
+            if constexpr (OUT_BYTES == 4)
+                ((float*)a.out)[at + channel] = acc[d];
+            else
+                ((u16*)a.out)[at + channel] = (u16)pack_output(acc[d], 0);
+        }
+    }
+};
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
+    const u8* q, const u8* k, const u8* v, const float* q_scale, const float* k_scale, const float* v_scale,
+    const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
+    const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
+    int row_blocks, int key_blocks, int mask_bytes) {
+    const Arguments a{q, k, v, q_scale, k_scale, v_scale, shift, lists, counts, bits, tiles, table, order, valid, out,
+                      lse, batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes};
+    const u32 memory = shared_memory();
+    const Work w = work_of(a);
+    set_up(memory);
+    if (PRODUCER && thread() >= CONSUMERS) {
+        fewer_registers<24>();
+        if (thread() == CONSUMERS) {
+            copy_queries(a, w, memory);
+            Filler filler(a, w, memory);
+            for (int i = 0; i < w.count; ++i) filler.fill(i);
+        }
+    } else {
+        if constexpr (PRODUCER) more_registers<240>();
+        Filler filler(a, w, memory);
+        const bool fills = !PRODUCER && thread() == 0;
+        const auto refill = [&](int i) { if (fills) filler.fill(i); };
+        if (fills) copy_queries(a, w, memory);
+        for (int i = 0; i < STAGES; ++i) refill(i);
+        Consumer consumer(a, w, memory);
+        barrier_wait(memory + Q_FULL_AT, 0);
+        if constexpr (AHEAD)
+            consumer.ahead(refill);
+        else
+            consumer.in_order(refill);
+        if (CLUSTER > 1) cluster_arrive();
+        consumer.finish();
+        if (CLUSTER > 1) cluster_wait();  // nobody leaves while another may write here
+    }
+}

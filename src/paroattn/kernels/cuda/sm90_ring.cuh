@@ -1,0 +1,141 @@
+// What a program of sm90.cu works on, and the ring through which blocks of K and V reach its warpgroups.
+//
+// PRODUCER: a warp beside the warpgroups fills the ring by bulk copies; else the first thread of the only warpgroup does.
+// CLUSTER: so many programs, all parts of a query block on neighbouring multiprocessors, share loads: each copies a part
+// of every block to all.
+//
+// Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes, their 16-byte pieces swizzled, a block
+// without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
+#pragma once
+
+#include <sm90_ptx.cuh>
+
+constexpr int ROWS = 64;
+static_assert(CLUSTER == 1 || (!PRODUCER && CLUSTER * WARPGROUPS * ROWS == QUERIES), "a cluster has one query block");
+static_assert(STAGES >= (AHEAD && !PRODUCER ? 3 : 2), "a stage is filled again while others are read");
+static_assert(!INT8_VALUES || (PROMOTE == 1 && !MATRIX_SUMS), "blocks of INT8 P have scales of their own");
+constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
+constexpr int K_BYTES = KEYS * HEAD_DIM;
+constexpr int V_BYTES = HEAD_DIM * KEYS;
+constexpr int ONES_BYTES = MATRIX_SUMS ? 8 * KEYS : 0;
+constexpr int STAGE_BYTES = (K_BYTES + V_BYTES + ONES_BYTES + 1023) / 1024 * 1024;
+constexpr int K_AT = (Q_BYTES + 1023) / 1024 * 1024;
+constexpr int V_AT = K_AT + K_BYTES;
+constexpr int ONES_AT = V_AT + V_BYTES;
+constexpr int SCALE_BYTES = 16;  // the least that is copied; the first four are the scale
+constexpr int SCALES_AT = K_AT + STAGES * STAGE_BYTES;
+constexpr int FULL_AT = SCALES_AT + SCALE_BYTES * STAGES;
+constexpr int EMPTY_AT = FULL_AT + 8 * STAGES;
+constexpr int Q_FULL_AT = EMPTY_AT + 8 * STAGES;
+
+constexpr u32 ONES = 0x38383838;  // 1.0 in FP8
+constexpr int CONSUMERS = 128 * WARPGROUPS;
+constexpr int THREADS = CONSUMERS + (PRODUCER ? 128 : 0);
+
+struct Arguments {
+    const u8 *q, *k, *v;
+    const float *q_scale, *k_scale, *v_scale, *shift;
+    const u16 *lists;
+    const int *counts;
+    const u8 *bits;
+    const int *tiles, *table, *order, *valid;
+    void *out;
+    float *lse;
+    int batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes;
+};
+
+// What a program works on.
+struct Work {
+    int b, h, first;         // batch element, head, first query row
+    u64 bh, q_row;           // head of all, row of q
+    const u16* list;         // key blocks that it reads
+    int count, whole, tail;  // how many, how many of them whole, real keys of the other
+};
+
+DEVICE Work work_of(const Arguments& a) {
+    Work w;
+    const int split = QUERIES / (WARPGROUPS * ROWS);
+    const int part = program() % split, pair = program() / split;
+    const int tile = a.tiles[pair / (a.row_blocks * a.batch) * a.row_blocks + pair % a.row_blocks];
+    w.b = pair / a.row_blocks % a.batch;
+    w.h = tile / a.row_blocks;
+    w.bh = (u64)w.b * a.heads + w.h;
+    w.first = tile % a.row_blocks * QUERIES + part * WARPGROUPS * ROWS;
+    w.q_row = w.bh * a.row_blocks * QUERIES + w.first;
+    w.list = a.lists + (u64)tile * a.key_blocks;
+    w.whole = a.counts[(u64)w.b * a.heads * a.row_blocks + tile];
+    const int cut = a.valid[w.b] / KEYS;
+    w.tail = a.valid[w.b] % KEYS;
+    w.count = w.whole;
+    if (w.tail > 0) w.count += a.bits[(u64)tile * a.mask_bytes + cut / 8] >> cut % 8 & 1;
+    return w;
+}
+
+// A stage of the ring, and whether it is being used for an odd time.
+struct Place {
+    int stage = 0;
+    u32 odd = 0;
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, odd ^= 1;
+    }
+    DEVICE u32 full(u32 memory) const { return memory + FULL_AT + 8 * stage; }
+    DEVICE u32 empty(u32 memory) const { return memory + EMPTY_AT + 8 * stage; }
+    DEVICE u32 at(u32 memory) const { return memory + stage * STAGE_BYTES; }
+    DEVICE u32 scale(u32 memory) const { return memory + SCALES_AT + SCALE_BYTES * stage; }
+};
+
+// Fills the ring with block after block of the list; the number of the next is asked for beforehand.
+struct Filler {
+    const Arguments& a;
+    const Work& w;
+    const u32 memory;
+    int block = 0;
+
+    DEVICE Filler(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) {
+        if (w.count > 0) block = w.list[0];
+    }
+
+    // The i-th block, after the one before it.
+    DEVICE void fill(int i) {
+        if (i >= w.count) return;
+        const Place place{i % STAGES, (u32)(i / STAGES & 1)};
+        if (i >= STAGES) barrier_wait(place.empty(memory), place.odd ^ 1);
+        const u64 which = w.bh * a.key_blocks + block;
+        barrier_expect(place.full(memory), K_BYTES + V_BYTES + SCALE_BYTES);
+        share(place, K_AT, a.k + which * K_BYTES, K_BYTES);
+        share(place, V_AT, a.v + which * V_BYTES, V_BYTES);
+        copy_bulk(place.scale(memory), a.k_scale + 4 * which, SCALE_BYTES, place.full(memory));
+        if (i + 1 < w.count) block = w.list[i + 1];
+    }
+
+    DEVICE void share(const Place& place, u32 to, const u8* from, u32 bytes) {
+        to += place.at(memory);
+        if constexpr (CLUSTER == 1) {
+            copy_bulk(to, from, bytes, place.full(memory));
+        } else {
+            const u32 part = bytes / CLUSTER, start = part * rank();
+            copy_to_all<CLUSTER>(to + start, from + start, part, place.full(memory));
+        }
+    }
+};
+
+DEVICE void copy_queries(const Arguments& a, const Work& w, u32 memory) {
+    barrier_expect(memory + Q_FULL_AT, Q_BYTES);
+    copy_bulk(memory, a.q + w.q_row * HEAD_DIM, Q_BYTES, memory + Q_FULL_AT);
+}
+
+DEVICE void set_up(u32 memory) {
+    if (thread() == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(memory + FULL_AT + 8 * stage, 1);
+            barrier_init(memory + EMPTY_AT + 8 * stage, CONSUMERS / 32 * CLUSTER);
+        }
+        barrier_init(memory + Q_FULL_AT, 1);
+    }
+    for (int i = thread(); i < STAGES * ONES_BYTES / 4; i += THREADS)
+        write_shared(memory + ONES_AT + i / (ONES_BYTES / 4 + !ONES_BYTES) * STAGE_BYTES
+                     + i % (ONES_BYTES / 4 + !ONES_BYTES) * 4, ONES);
+    publish();
+    synchronize();
+    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
+}
