@@ -1,6 +1,7 @@
 """Benchmarks of whole forwards: architectures, synthetic plans, rows of every kind, arithmetic and tables, on a CPU."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -733,7 +734,8 @@ def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, m
     assert "| wan-14b-720p | 11000 | 4400 | 2.50× | 4.09× |" in tables.forwards()
     text = tables.roofline()
     # attention is 8000 of 11000 ms: 1 / (1 − s) = 3.67; at density 0.2 with dense's speed 1 / (1 − s + 0.2 s) = 2.39
-    assert "| wan-14b-720p, 0.2 | 73% | 2.39× | 3.67× | 2.70× | 2.50× | 68% |" in text
+    found = re.search(r"\| wan-14b-720p, 0.2 \| 73% \| 2.39× \| 3.67× \| (.+)× \| 2.50× \| 68% \|", text)
+    assert found and float(found[1]) == pytest.approx(2.7, abs=0.1)  # by packaged rates, which are measured anew
     # remains: attention 1100, preparing 50, linear 2700, other 606; added: (506 − 450 · 2700 / 2500 + 100 − 30) / 4400
     assert "| 25% | 1.1% | 61% | 14% | 2.0% | 2.2% |" in text
     assert "NVIDIA H200, PyTorch 2.11.0, 2026-01-01" in text
