@@ -410,7 +410,7 @@ def test_every_ingredient_of_int4_changes_what_the_reference_computes():
         error = ((out - expected).norm() / expected.norm()).item()
         assert 0.01 < error < 1.5, variant
         outputs[variant.what, variant.ingredients] = error
-    assert len(set(outputs.values())) == len(variants) == 14
+    assert len(set(outputs.values())) == len(variants) == 15
     assert {each.what for each in int4.variants() if each.density == 0.5} == {"0.5", "0.5+qk", "0.5+pv", "0.5+qk+pv"}
 
 
