@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -309,7 +311,7 @@ def test_rows_are_merged_by_key_and_a_null_never_replaces_a_time(tmp_path, exact
     benchmark.save(path, rows)
     later = [row | {"ms": 7.0, "speedup_vs_cudnn": 2.0} for row in rows if row["impl"] == "flash3"]
     later += [row | {"ms": None, "reason": "gone"} for row in rows if row["impl"] == "sound"]
-    later += [row | {"device": "another"} for row in rows if row["impl"] == "cudnn"]
+    later += [row | {"device": "another"} for row in rows if row["impl"] == "cudnn"] * 2
     benchmark.save(path, later)
     merged = json.loads(path.read_text())["rows"]
     assert len(merged) == len(rows) + 1
@@ -330,6 +332,20 @@ def test_slow_calls_take_part_in_fewer_rounds_and_rounds_have_another_order(monk
     assert [sorted(played[at : at + 3]) for at in (0, 3, 6)] == [[1.0, 10.0, 100.0]] * 3
     assert len({tuple(played[at : at + 3]) for at in (0, 3, 6)}) > 1
     assert timing.gpu_medians({"one": lambda: 4.0}, rounds=3) == {"one": 4.0}
+
+
+def test_short_calls_follow_one_another_until_a_load_has_lasted(monkeypatch):
+    now, played = [0.0], []
+    seconds = {"short": 0.1, "middle": 0.3, "long": 2.0}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        played.append(name)
+        now[0] += seconds[name] * (1.5 if played[-2:-1] == [name] else 1)  # a slower clock once the GPU is busy
+
+    found = timing.lasting_medians({name: partial(call, name) for name in seconds}, rounds=3, least=700.0)
+    assert Counter(played) == {"short": 1 + 3 * 7, "middle": 1 + 3 * 2, "long": 1 + 3}
+    assert found == pytest.approx({"short": (100 + 6 * 150) / 7, "middle": (300 + 450) / 2, "long": 2000})
 
 
 def test_preparing_is_held_against_the_bytes_that_it_must_move(monkeypatch):
