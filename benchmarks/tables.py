@@ -139,7 +139,7 @@ def attention_gpu_short() -> str:
             lines.append([shape, *("–" if x is None else f"{x:.2f}×" for x in found)])
         head = ["against dense bf16 of cuDNN", *(f"{impl}, density {density:g}" for impl, density in timed)]
         text += (
-            table(head, lines) + f"\nWhole calls, each at its best block and precision, ours on its best kernel too. {where(rows)}.\n"
+            table(head, lines) + f"\nWhole calls, each at its best block, precision and kernel. {where(rows)}.\n"
             if rows
             else ""
         )
