@@ -12,9 +12,10 @@ inputs that the stock model gave them; if they differ by more than `LARGEST_ERRO
     sage2      SageAttention 2, through diffusers' backend, where it is installed
     paroattn   a plan on top of cudnn, which still runs the cross-attentions
 
-Times are medians of a whole forward, from Python's first launch until the GPU is done. By default, a few blocks of each
-kind are timed at two depths, in turns, and a line through them gives time, memory and profile of the whole model
-(`extrapolated`); with `full` among the depths, the whole model takes turns with them and has rows of its own.
+Times are medians over rounds, in which forwards follow one another for `LOAD_MS`, or once if one takes longer, from
+Python's first launch until the GPU is done. By default, a few blocks of each kind are timed at two depths, in turns,
+and a line through them gives time, memory and profile of the whole model (`extrapolated`); with `full` among the
+depths, the whole model takes turns with them and has rows of its own.
 `compiled` is diffusers' regional compilation of the repeated blocks. FP8 linears are torchao's, scaled by row, in the
 blocks. The step cache is diffusers' first-block cache. Which steps it skips would depend on weights, so here it skips
 every second one, and `ms` is the mean of both. `density` is that of the video's blocks; `density_executed` counts text,
@@ -64,13 +65,15 @@ from kernel_times import PARTS, Breakdown, breakdown, profiled
 from paroattn import apply, remove
 from paroattn.plan.plan import TransformerPlan
 from records import significant
-from timing import medians
+from timing import lasting_medians
 
 SMOKE_DEPTHS = (1, 2)
 WHOLE = "full"
 KERNELS_KEPT = 16
 """How many kernels a profile lists."""
 GIB = 2**30
+LOAD_MS = 700.0
+"""How long forwards follow one another in a round, so that a few blocks see the clock that a whole model gets."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ class Bench:
             if kind.impl == OURS and not kind.compiled:
                 with only(self.transformer, blocks[depth]):
                     check_what_ran(self.transformer, self.inputs["hidden_states"].device)
-        ms = medians(calls, self.choice.rounds, warm_up=0)
+        ms = self.times(calls)
         return {depth: self.measured(kind, call, blocks[depth], ms[depth]) for depth, call in calls.items()}
 
     def measured(self, kind: Kind, call: Callable[[], Any], some: Blocks, ms: float) -> Measured:
@@ -200,8 +203,11 @@ class Bench:
         """Half of a step that computes and one that does not."""
         with only(self.transformer, some), caching(self.transformer, self.model, kind.compiled, forward) as call:
             check_output(call(), self.inputs)
-            ms = medians({0: call}, self.choice.rounds, warm_up=0)[0]
+            ms = self.times({0: call})[0]
             return Measured(ms / 2, self.peak(call, some)[0])
+
+    def times(self, calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+        return lasting_medians(calls, self.choice.rounds, LOAD_MS if torch.cuda.is_available() else 0.0)
 
     def peak(self, call: Callable[[], Any], some: Blocks) -> tuple[float | None, Any]:
         """Peak memory of a call in GiB, without what blocks take that do not take part, and what it returns."""

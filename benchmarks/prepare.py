@@ -24,7 +24,7 @@ from shapes import SHAPES, Shape
 from timing import gpu_medians, medians
 
 KEY = ("device", "shape", "precision", "block", "density")
-PRECISIONS = ("int8/fp8", "int8/int8")
+PRECISIONS = ("int8/fp8", "int8/int8", "int4/int4")
 COPIED_BYTES = 2**31
 
 

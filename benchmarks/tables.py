@@ -228,7 +228,10 @@ def balance() -> str:
 
 
 def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callable[[dict], str]) -> str:
-    """A table with a line for each combination of the fields `names` and a column for each density; none, no table."""
+    """A table with a line for each combination of the fields `names` and a column for each density; none, no table.
+
+    Lines that share the first field stand together.
+    """
     timed = [row for row in rows if row["ms"] is not None]
     densities = sorted({row["density"] for row in timed}, reverse=True)
     lines: dict[tuple, dict[float, str]] = {}
@@ -238,6 +241,8 @@ def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callab
         [", ".join(name for name in line if name), *(found.get(density, "–") for density in densities)]
         for line, found in lines.items()
     ]
+    shapes = list(dict.fromkeys(line[0] for line in lines))
+    cells = [each for _, each in sorted(zip(lines, cells, strict=True), key=lambda pair: shapes.index(pair[0][0]))]
     columns = [head, *(f"density {density:g}" for density in densities)]
     return table(columns, cells) + f"\n{where(timed)}.\n" if timed else ""
 

@@ -5,6 +5,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def count_blocks(model, monkeypatch):
     """A clock that counts blocks: 10 ms, 2 ms for each of the first kind and 3 ms for each of the second."""
     make, made = built, []
 
-    def clock(calls, rounds, warm_up):
+    def clock(calls, rounds, least):
         return {depth: timed(call) for depth, call in calls.items()}
 
     def timed(call):
@@ -99,7 +100,7 @@ def count_blocks(model, monkeypatch):
         return 10.0 + sum(count * ms for count, ms in zip(counts[-1], (2, 3), strict=False))
 
     monkeypatch.setattr(benchmark, "built", lambda *args: made.append(make(*args)) or made[-1])
-    monkeypatch.setattr(benchmark, "medians", clock)
+    monkeypatch.setattr(benchmark, "lasting_medians", clock)
 
 
 def measured(model, choice, monkeypatch):
@@ -428,7 +429,8 @@ def test_a_profile_lists_kernels_on_request(on_a_cpu, not_compiled, unprofiled, 
 
 
 def test_a_line_that_falls_is_no_time(on_a_cpu, unprofiled, monkeypatch):
-    monkeypatch.setattr(benchmark, "medians", lambda calls, rounds, warm_up: dict(zip(calls, (9.0, 1.0), strict=True)))
+    falling = lambda calls, rounds, least: dict(zip(calls, (9.0, 1.0), strict=True))  # noqa: E731
+    monkeypatch.setattr(benchmark, "lasting_medians", falling)
     monkeypatch.setattr(benchmark, "attention_error", lambda *_: 0.0)
     row = next(benchmark.measure(toy("wan-14b-480p"), replace(SHORT, groups=("stock",)), "cpu", torch.float32))
     assert row["ms"] is None
@@ -551,6 +553,20 @@ def test_outputs_have_the_shape_of_inputs():
 
 
 # Arithmetic
+
+
+@pytest.mark.parametrize(
+    ("ran", "dense_calls", "wrong"),
+    [({"sm90"}, {}, None), ({"triton", "native"}, {}, None), (set(), {}, "ran by ;"), ({"triton", "cpu"}, {}, "cpu"),
+     ({"sm90"}, {"a mask": 2}, "a mask")],
+)  # fmt: skip
+def test_a_layer_must_have_run_on_kernels_alone(ran, dense_calls, wrong, monkeypatch):
+    layer = {"phases": [{"impl": name} for name in ran], "dense_calls": dense_calls}
+    found = SimpleNamespace(to_dict=lambda: {"transformer": {"layers": {"attn1": layer}}})
+    monkeypatch.setattr(gate, "report", lambda transformer: found)
+    monkeypatch.setattr(gate, "planned_layers", lambda transformer: ["attn1"])
+    with pytest.raises(gate.Wrong, match=f"attn1 must run on kernels.*{wrong}") if wrong else nullcontext():
+        gate.check_what_ran(None, torch.device("cuda"))
 
 
 def test_a_line_through_two_depths_gives_the_whole_model():

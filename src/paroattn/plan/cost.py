@@ -55,6 +55,14 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Preparing:
+    """Time of reordering and quantising q, k and v: a constant, and what each byte takes that is read or written."""
+
+    constant_ms: float
+    byte_ps: float
+
+
+@dataclass(frozen=True)
 class Call:
     """Size of one self-attention, (batch, tokens, heads, head_dim)."""
 
@@ -75,8 +83,7 @@ class Rates:
     Attributes:
         gpu: Its name.
         kernels: Attention by block masks, quantised operands given.
-        prepare_ms: Constant part of reordering and quantising q, k and v.
-        byte_ps: What that takes for each byte that it reads or writes.
+        preparing: By bits of the narrower product, 8 or 4, and head dimension.
         dense: By head dimension: picoseconds of a query, key and channel in dense attention in 16 bits, and by how much
             they grow with each doubling of the keys.
         linear_tflops: Matrix products with weights, by their format.
@@ -90,8 +97,7 @@ class Rates:
 
     gpu: str
     kernels: Mapping[Kind, Kernel]
-    prepare_ms: float
-    byte_ps: float
+    preparing: Mapping[tuple[int, int], Preparing]
     dense: Mapping[int, tuple[float, float]]
     linear_tflops: Mapping[str, float]
     around_ps: Mapping[str, Mapping[str, float]]
@@ -169,7 +175,10 @@ class Rates:
 
     def preparing_ms(self, call: Call, precision: str | Precision) -> float:
         """Reordering and quantising q, k and v."""
-        return self.prepare_ms + call.elements * moved_bytes(precision) * self.byte_ps * 1e-9
+        bits = 4 if "int4" in formats_of(precision) else 8
+        nearest = min(self.preparing, key=lambda kind: (abs(kind[0] - bits), abs(kind[1] - call.head_dim)))
+        rates = self.preparing[nearest]
+        return rates.constant_ms + call.elements * moved_bytes(precision) * rates.byte_ps * 1e-9
 
     def copy_ms(self, size: float) -> float:
         """Read and write so many bytes together."""
@@ -213,8 +222,10 @@ class Rates:
             self,
             gpu=gpu,
             kernels=self.kernels if kernels is None else dict(kernels),
-            prepare_ms=self.prepare_ms * memory,
-            byte_ps=self.byte_ps * memory,
+            preparing={
+                kind: Preparing(each.constant_ms * memory, each.byte_ps * memory)
+                for kind, each in self.preparing.items()
+            },
             dense={head_dim: (pair * dense, octave * dense) for head_dim, (pair, octave) in self.dense.items()},
             linear_tflops={form: rate / linear for form, rate in self.linear_tflops.items()},
             around_ps={mode: {name: ps * memory for name, ps in by.items()} for mode, by in self.around_ps.items()},
@@ -313,11 +324,13 @@ def read_rates(gpu: str, described: Mapping[str, Any]) -> Rates:
         for rows, columns in [each["block"].split("x")]
     }
     dense = {each["head_dim"]: (each["pair_ps"], each["octave_ps"]) for each in described["dense"]}
-    names = (
-        "prepare_ms", "byte_ps", "linear_tflops", "around_ps", "fp8_activations_ps", "copy_tb_per_s",
-        "launching_ms",
-    )  # fmt: skip
-    return Rates(gpu=gpu, kernels=kernels, dense=dense, **{name: described[name] for name in names})
+    preparing = {
+        (each["bits"], each["head_dim"]): Preparing(each["constant_ms"], each["byte_ps"])
+        for each in described["preparing"]
+    }
+    names = ("linear_tflops", "around_ps", "fp8_activations_ps", "copy_tb_per_s", "launching_ms")
+    others = {name: described[name] for name in names}
+    return Rates(gpu=gpu, kernels=kernels, preparing=preparing, dense=dense, **others)
 
 
 def _size(block: tuple[int, int]) -> str:
