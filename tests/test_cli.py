@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from paroattn import cli
-from paroattn.cli import main, planning
+from paroattn.cli import arguments, main, planning
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
-from paroattn.grid import Grid
+from paroattn.grid import CANDIDATES, Grid
 from paroattn.integration.refining import Refinement
 from paroattn.plan.plan import Plan
 
@@ -338,6 +338,10 @@ def test_every_command_shows_its_options_in_groups_after_one_line_of_usage(capsy
         assert ended.value.code == 0 and blank == "" and usage.startswith(f"usage: paro {name} ")
         given = usage.removeprefix("usage: ").removesuffix(" [options]").split()
         assert cli.parser(cli.COMMANDS).parse_args([word.replace("DENSITY", "0.5") for word in given[1:]])
+
+
+def test_the_candidates_that_help_names_are_those_of_the_grid():
+    assert tuple(arguments.CANDIDATES.split()) == CANDIDATES
 
 
 def test_an_unknown_command_names_the_known_ones(capsys):

@@ -124,6 +124,14 @@ def test_importing_the_package_loads_nothing_heavy():
     assert run(f"import sys, paroattn; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
 
+@pytest.mark.parametrize("words", [["plan", "--help"], ["plan"], ["paint"]], ids=str)
+def test_help_and_wrong_words_come_before_anything_heavy_is_loaded(words):
+    code = (
+        f"import contextlib, sys, paroattn.cli\nwith contextlib.suppress(SystemExit):\n    paroattn.cli.main({words})\n"
+    )
+    assert run(f"{code}print([name for name in {HEAVY} if name in sys.modules])").splitlines()[-1] == "[]"
+
+
 def test_the_check_of_heavy_imports_can_fail():
     assert run(f"import sys, paroattn; paroattn.Grid; print([n for n in {HEAVY} if n in sys.modules])") == "['torch']"
 

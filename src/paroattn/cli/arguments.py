@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..grid import CANDIDATES
 
+CANDIDATES = "FHW FWH HFW HWF WFH WHF 4x4x4 1x8x8 16x2x2 4x2x8"
+"""As in grid.py, which loads PyTorch; help and a wrong word come without."""
 Run = Callable[[argparse.Namespace], dict[str, Any]]
 
 
@@ -169,7 +170,7 @@ def _plan_arguments(sub: argparse._ArgumentGroup) -> None:
         "--budget", default="layer_normalised", help="global, per_head or layer_normalised (default: %(default)s)"
     )
     sub.add_argument(
-        "--orders", nargs="+", help=f"candidate orders (default: {' '.join(CANDIDATES)}; of statistics, all in them)"
+        "--orders", nargs="+", help=f"candidate orders (default: {CANDIDATES}; of statistics, all in them)"
     )
     sub.add_argument("--phase-ends", type=float, nargs="+", help="shares of the steps at which phases end")
 
