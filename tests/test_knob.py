@@ -262,6 +262,7 @@ def test_the_page_has_a_picture_and_the_chosen_point_in_bold(statistics, tmp_pat
     density, snr = _predicted(plan)["density"], -10 * math.log10(0.05)
     assert page.count("<polyline") == page.count("<circle") == 2
     assert f"<strong>{density:.3f}</strong>" in page and f"<strong>{snr:.1f}</strong>" in page
+    assert "Density, error and time" in page and "predicted to lose and to take. The error" in page
     assert "of the finished sample" in page and "NVIDIA H200" in page and "nan" not in page
     without = replace(plan, made={})
     assert "<svg" not in write_plan({"transformer": without}, tmp_path / "without.html").read_text()
@@ -280,7 +281,7 @@ def test_a_curve_without_times_says_why(statistics, tmp_path):
     curve = curve_of(make_plan(statistics, PlanSettings(0.4, orders=("FHW",))).made)
     page = write_curves({"transformer": curve, "transformer_2": curve}, tmp_path / "curve.html").read_text()
     assert page.count("<polyline") == 2 and "got fp32/fp32" in page and "faster" not in page
-    assert "Density, error and time – transformer_2" in page
+    assert "Density and error – transformer_2" in page and "predicted to lose. The error" in page
     with pytest.raises(ValueError, match=r"\.html or \.json; got 'curve.pdf'"):
         write_curves({"transformer": curve}, tmp_path / "curve.pdf")
 

@@ -155,6 +155,8 @@ def _show_curves(measured: dict[str, Any], settings: Any, args: argparse.Namespa
     curves = {name: described(draft.curve, draft.density) for name, draft in drafts.items() if draft.curve}
     for name, curve in curves.items():
         console().print(curve_table(name, curve))
+        if curve["times_unknown"]:
+            say(f"not predicted: {curve['times_unknown']}")
     if args.curve:
         end(write_curves(curves, args.curve), f"paro plan {args.plan} --density DENSITY --out PLAN")
     return curves

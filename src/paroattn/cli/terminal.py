@@ -59,8 +59,6 @@ def curve_table(name: str, curve: Any) -> Table:
     for point, chosen in rows_of(curve):
         cells = [cell(key, point[key]) for key, _ in columns]
         table.add_row(*cells, style="bold" if chosen else None)
-    if curve["times_unknown"]:
-        table.caption, table.caption_justify = f"not predicted: {curve['times_unknown']}", "left"
     return table
 
 

@@ -54,13 +54,15 @@ def curve_section(curve: Mapping[str, Any], of: str = "") -> Markup:
     """The picture and the table of one curve, with the point that was chosen."""
     points, chosen = curve["points"], curve["chosen"]
     where = "" if curve["gpu"] is None else f" Times are predicted for one compiled forward on an {curve['gpu']}."
-    unknown = f" Not predicted: {curve['times_unknown']}" if curve["times_unknown"] else ""
+    unknown = f" No times: {curve['times_unknown'].rstrip('.')}." if curve["times_unknown"] else ""
+    timed = any(point.get(key) is not None for point in points for key in ("attention_ms", *TIMES))
+    title, loses = ("Density, error and time", " and to take") if timed else ("Density and error", "")
     lead = (
-        "What each density is predicted to lose and to take. The error is the relative squared error "
+        f"What each density is predicted to lose{loses}. The error is the relative squared error "
         f"{MEANINGS[curve['error_of']]}; good for comparing points, exact only where it is small.{where}{unknown}"
     )
     picture = tag("figure", _drawn(points, chosen), tag("figcaption", _caption(curve, chosen)))
-    return section(f"Density, error and time{of}", lead, tag("div", picture, _table(curve), class_="beside"))
+    return section(f"{title}{of}", lead, tag("div", picture, _table(curve), class_="beside"))
 
 
 def columns_of(curve: Mapping[str, Any]) -> list[tuple[str, str]]:
