@@ -375,6 +375,12 @@ void fewer_registers() {}
 
 DEVICE void meet_warp() { machine::meet(machine::now->warps[machine::now->current / 32], 32); }
 
+
+DEVICE bool one_lane() {
+    meet_warp();
+    return machine::now->current % 32 == 0;
+}
+
 DEVICE bool any_lane(bool x) {
     bool any = false;
     for (u64 lane : machine::exchange(x)) any |= lane;

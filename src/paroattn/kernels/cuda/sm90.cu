@@ -384,17 +384,17 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
     set_up(memory);
     if (PRODUCER && thread() >= CONSUMERS) {
         fewer_registers<24>();
-        if (thread() == CONSUMERS) {
-            copy_queries(a, w, memory);
+        if (thread() / 32 == CONSUMERS / 32) {
+            if (thread() == CONSUMERS) copy_queries(a, w, memory);
             Filler filler(a, w, memory);
             for (int i = 0; i < w.count; ++i) filler.fill(i);
         }
     } else {
         if constexpr (PRODUCER) more_registers<240>();
         Filler filler(a, w, memory);
-        const bool fills = !PRODUCER && thread() == 0;
+        const bool fills = !PRODUCER && same_in_warp(thread() / 32) == 0;
         const auto refill = [&](int i) { if (fills) filler.fill(i); };
-        if (fills) copy_queries(a, w, memory);
+        if (fills && thread() == 0) copy_queries(a, w, memory);
         for (int i = 0; i < STAGES; ++i) refill(i);
         Consumer consumer(a, w, memory);
         barrier_wait(memory + Q_FULL_AT, 0);

@@ -105,6 +105,19 @@ DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0
 // Lanes of a warp -----------------------------------------------------------------------------------------------------
 
 DEVICE void meet_warp() { __syncwarp(); }
+
+// True in one lane, always the same: the compiler makes no loop over lanes around copies then.
+DEVICE bool one_lane() {
+    u32 one;
+    asm volatile(
+        "{\n"
+        ".reg .pred one;\n"
+        "elect.sync _|one, 0xFFFFFFFF;\n"
+        "selp.b32 %0, 1, 0, one;\n"
+        "}" : "=r"(one));
+    return one;
+}
+
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFF, x); }
 DEVICE int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }  // says so to the compiler
 DEVICE u32 from_lane(u32 x, int distance) { return __shfl_xor_sync(0xFFFFFFFF, x, distance); }

@@ -84,7 +84,8 @@ struct Place {
     DEVICE u32 scale(u32 memory) const { return memory + SCALES_AT + SCALE_BYTES * stage; }
 };
 
-// Fills the ring with block after block of the list; the number of the next is asked for beforehand.
+// Fills the ring with block after block of the list; the number of the next is asked for beforehand. A warp does it
+// together, so that addresses are the same in all lanes, but for what only one lane may do.
 struct Filler {
     const Arguments& a;
     const Work& w;
@@ -99,12 +100,14 @@ struct Filler {
     DEVICE void fill(int i) {
         if (i >= w.count) return;
         const Place place{i % STAGES, (u32)(i / STAGES & 1)};
+        const u64 which = w.bh * a.key_blocks + same_in_warp(block);
         if (i >= STAGES) barrier_wait(place.empty(memory), place.odd ^ 1);
-        const u64 which = w.bh * a.key_blocks + block;
-        barrier_expect(place.full(memory), K_BYTES + V_BYTES + SCALE_BYTES);
-        share(place, K_AT, a.k + which * K_BYTES, K_BYTES);
-        share(place, V_AT, a.v + which * V_BYTES, V_BYTES);
-        copy_bulk(place.scale(memory), a.k_scale + 4 * which, SCALE_BYTES, place.full(memory));
+        if (one_lane()) {
+            barrier_expect(place.full(memory), K_BYTES + V_BYTES + SCALE_BYTES);
+            share(place, K_AT, a.k + which * K_BYTES, K_BYTES);
+            share(place, V_AT, a.v + which * V_BYTES, V_BYTES);
+            copy_bulk(place.scale(memory), a.k_scale + 4 * which, SCALE_BYTES, place.full(memory));
+        }
         if (i + 1 < w.count) block = w.list[i + 1];
     }
 
