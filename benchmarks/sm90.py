@@ -34,32 +34,26 @@ from records import environment, merge
 from shapes import SHAPES, block_mask, draw, kept_pairs, tensors
 from timing import gpu_medians
 
-PAIR = Pipeline(programs=1, stages=5, warpgroups=2, ahead=True)
 CLUSTER = Pipeline(programs=3, stages=2, cluster=2)
 VARIANTS = {
     (128, "fp8"): {
         "alone": ALONE[128],
         "alone, summed by matrices": replace(ALONE[128], matrix_sums=True),
-        "alone, summed by matrices, biased": replace(ALONE[128], matrix_sums=True, biased=True),
         "cluster, summed by matrices": replace(CLUSTER, matrix_sums=True),
-        "pair, ahead, summed by matrices": replace(PAIR, matrix_sums=True),
-        "pair, ahead, summed by matrices, promoted after four": replace(PAIR, matrix_sums=True, promote=4),
     },
     (128, "int8"): {
         "alone": ALONE[128],
-        "alone, biased": replace(ALONE[128], biased=True),
         "cluster": CLUSTER,
-        "pair, ahead": PAIR,
-        "pair, ahead, biased": replace(PAIR, biased=True),
     },
     (64, "fp8"): {
         "alone": ALONE[64],
         "alone, summed by matrices": replace(ALONE[64], matrix_sums=True),
-        "alone, summed by matrices, biased": replace(ALONE[64], matrix_sums=True, biased=True),
+        "deep": replace(ALONE[64], stages=3),
+        "deep, summed by matrices": replace(ALONE[64], stages=3, matrix_sums=True),
     },
     (64, "int8"): {
         "alone": ALONE[64],
-        "alone, biased": replace(ALONE[64], biased=True),
+        "deep": replace(ALONE[64], stages=3),
     },
 }
 BLOCK = {64: "64x128", 128: "128x128"}

@@ -54,26 +54,18 @@ class Ring:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How a program of `sm90.py` is compiled.
+    """How a program of `sm90.py`, 64 query rows, is compiled.
 
     Attributes:
         programs: Programs that share a multiprocessor.
         stages: Key blocks in its ring.
-        warpgroups: Warpgroups of 64 rows that share the ring; more than one has a producer warpgroup beside them.
         cluster: Programs on neighbouring multiprocessors that share loads: 1, or all parts of a query block.
-        ahead: Multiply the values of a block while the weights of the next are made.
-        biased: Products of scores start at the bias that lets their bits be read as floats; else it is added later.
-        promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32.
         matrix_sums: FP8 rows are summed by matrix units, after rounding.
     """
 
     programs: int
     stages: int
-    warpgroups: int = 1
     cluster: int = 1
-    ahead: bool = False
-    biased: bool = False
-    promote: int = 1
     matrix_sums: bool = False
 
 

@@ -1,7 +1,7 @@
 // Block-sparse attention on sm_90a: INT8 Q·K, FP8 or INT8 P·V. What it computes is written down in ../reference.py.
 //
-// A program has WARPGROUPS warpgroups of 64 query rows, a query block together or a part of one, which share a ring of
-// STAGES kept blocks of K and V (sm90_ring.cuh). In a warpgroup, block after block, in base 2 (scales carry log2 e):
+// A program is a warpgroup, for 64 query rows, a query block or a part of one. Kept blocks of K and V reach it through a
+// ring of STAGES (sm90_ring.cuh). Block after block, in base 2 (scales carry log2 e):
 //
 //     s = q kᵀ                            on matrix units; 12582912 is added, so that its bits read as a float
 //     FP8   if any s·scale > m + 1:       m ← row maximum; what was added so far shrinks. Rare after the first blocks
@@ -11,10 +11,7 @@
 //     acc, total += (p v, row sum of p) · share
 // out = acc / total · v_scale
 //
-// AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs, the
-// weights of block i are made from the first. BIASED: products of s start at the bias, instead of an addition to each
-// score. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits, before they are added to
-// acc in float32. MATRIX_SUMS: FP8 rows are summed by eight further columns of ones.
+// MATRIX_SUMS: FP8 rows are summed by eight further columns of ones.
 #include <sm90_ring.cuh>
 
 constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
@@ -26,8 +23,7 @@ constexpr float BIAS = 12582912.0f;
 constexpr float TOP = INT8_VALUES ? 7.994353436858858f : 7.807354922057604f;  // log2 255 and log2 224
 constexpr float SLACK = INT8_VALUES ? 64.0f : 1.0f;
 constexpr u32 LOWEST = 0xFF800000;  // −∞, and less than every biased score as an integer too
-constexpr u32 STILL_TO_ADD = BIASED ? 0 : BIAS_BITS;
-constexpr u32 HIDDEN = LOWEST - STILL_TO_ADD;
+constexpr u32 HIDDEN = LOWEST - BIAS_BITS;
 
 #if OUT_BYTES == 2
 DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
@@ -58,7 +54,7 @@ struct Rows {
 #pragma unroll
             for (int c = 2; c < SCORES / 4; ++c)
                 half[c % 2] = larger(larger(half[c % 2], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
-            top[r] = larger(half[0], half[1]) + STILL_TO_ADD;
+            top[r] = larger(half[0], half[1]) + BIAS_BITS;
             if (INT8_VALUES) top[r] = row_maximum(top[r]);
             highest[r] = (as_float(top[r]) - BIAS) * scale[r];
         }
@@ -91,7 +87,7 @@ struct Rows {
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const int r = j / 2 % 2;
-                x[j] = exp2_unit(multiply_add(as_float(s[i + j] + STILL_TO_ADD), scale[r], origin[r]));
+                x[j] = exp2_unit(multiply_add(as_float(s[i + j] + BIAS_BITS), scale[r], origin[r]));
                 if (!INT8_VALUES && !MATRIX_SUMS) total[r] += x[j];
             }
 #pragma unroll
@@ -121,60 +117,42 @@ struct Consumer {
     const Arguments& a;
     const Work& w;
     const u32 memory;
-    const int warpgroup;
     Rows rows;
     float acc[SUMS];
     u32 sums[SUMS];  // products with V that are not yet in acc, floats for FP8
     u32 s[SCORES], p[SCORES / 4];
 
-    DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
-        : a(a), w(w), memory(memory), warpgroup(same_in_warp(thread() / 128)) {
-        const int row = warpgroup * ROWS + thread() % 128 / 32 * 16 + thread() % 32 / 4;
+    DEVICE Consumer(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row + 8 * r];
+        for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row() + 8 * r];
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) acc[i] = 0, sums[i] = 0;
+        for (int i = 0; i < SUMS; ++i) acc[i] = 0;
     }
 
-    // Scores of nothing.
-    DEVICE void clear() {
-        if constexpr (BIASED) {
-#pragma unroll
-            for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
-            settle(s);
-        }
-    }
+    // The first row of this thread.
+    static DEVICE int row() { return thread() / 32 * 16 + thread() % 32 / 4; }
 
     DEVICE void start_scores(const Place& at) {
         products_begin();
-        const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
-        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
+        const u64 q = descriptor<HEAD_DIM>(memory), k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 32; ++c)
-            multiply_scores(Columns<KEYS>(), s, q + 2 * c, k + 2 * c, BIASED || c > 0);
+        for (int c = 0; c < HEAD_DIM / 32; ++c) multiply_scores(Columns<KEYS>(), s, q + 2 * c, k + 2 * c, c > 0);
         products_commit();
     }
 
     template <int N>
-    DEVICE void start_values(u32 (&sums)[N], const Place& at, int i) {
+    DEVICE void start_values(u32 (&sums)[N], const Place& at) {
         products_begin();
         const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
-        const bool fresh = i % PROMOTE == 0;
 #pragma unroll
         for (int c = 0; c < KEYS / 32; ++c) {
             const u32* four = p + 4 * c;
             if constexpr (INT8_VALUES)
-                multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+                multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0);
             else
-                multiply_fp8(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+                multiply_fp8(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0);
         }
         products_commit();
-    }
-
-    // Scores of block i, complete → what its weights depend on.
-    DEVICE void look(int i, float k_scale) {
-        if (i == w.whole) hide();
-        rows.look(s, k_scale);
     }
 
     // Scores of keys that are not real.
@@ -184,37 +162,28 @@ struct Consumer {
             if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
     }
 
-    // What has been added in the scale of the new maxima: in float32, and in the matrix units' registers.
-    DEVICE void shrink(float (&sum)[SUMS]) {
+    // What has been added in the scale of the new maxima.
+    DEVICE void shrink() {
         if (!rows.grown) return;
 #pragma unroll
-        for (int d = 0; d < SUMS; ++d) sum[d] *= rows.shrink[d / 2 % 2];
+        for (int d = 0; d < SUMS; ++d) acc[d] *= rows.shrink[d / 2 % 2];
     }
-
-    DEVICE void shrink(u32 (&sum)[SUMS]) {
-        if (!rows.grown) return;
-#pragma unroll
-        for (int d = 0; d < SUMS; ++d) sum[d] = as_bits(as_float(sum[d]) * rows.shrink[d / 2 % 2]);
-    }
-
-    // Whether the products of block i, or of −1, before all, complete a sum.
-    DEVICE bool is_promoted(int i) { return (i + 1) % PROMOTE == 0; }
 
     // Products, complete, into acc.
-    DEVICE void promote(const float (&factor)[2]) {
+    DEVICE void promote() {
 #pragma unroll
         for (int d = 0; d < SUMS; ++d)
-            acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), factor[d / 2 % 2], acc[d]);
+            acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), rows.share[d / 2 % 2], acc[d]);
     }
 
-    // This warp has read a stage: all that copy into it hear of it.
-    DEVICE void release(const Place& at) {
+    // This warp has read what the barrier is for: all that copy there hear of it.
+    DEVICE void release(u32 empty) {
         meet_warp();
         const int lane = thread() % 32;
         if constexpr (CLUSTER == 1) {
-            if (lane == 0) barrier_arrive(at.empty(memory));
+            if (lane == 0) barrier_arrive(empty);
         } else {
-            if (lane < CLUSTER) barrier_arrive_at(at.empty(memory), lane);
+            if (lane < CLUSTER) barrier_arrive_at(empty, lane);
         }
     }
 
@@ -223,80 +192,36 @@ struct Consumer {
         return as_float(same_in_warp(thread() % 32 == 0 ? read_shared(at.scale(memory)) : 0));
     }
 
-    // Block after block, products and weights one after the other.
-    template <class Refill>
-    DEVICE void in_order(Refill refill) {
+    // Block after block; while products run, what can be copied is.
+    template <class KeysOf, class ValuesOf>
+    DEVICE void work(KeysOf copy_keys, ValuesOf copy_values) {
         Place now;
-        for (int i = 0; i < w.count; ++i) {
-            clear();
-            barrier_wait(now.full(memory), now.odd);
+        for (int i = 0; i < w.count; ++i, now.next()) {
+            barrier_wait(now.keys_full(memory), now.odd);
             start_scores(now);
-            if (i > 0) refill(i - 1 + STAGES);
+            copy_values(i + STAGES - 1);
             const float scale = k_scale(now);
             products_wait<0>();
             settle(s);
-            look(i, scale);
-            shrink(acc);
-            if constexpr (PROMOTE > 1) shrink(sums);
+            release(now.keys_empty(memory));
+            if (i == w.whole) hide();
+            rows.look(s, scale);
+            shrink();
             rows.weigh(s, p);
-            start_values(sums, now, i);
+            barrier_wait(now.values_full(memory), now.odd);
+            start_values(sums, now);
+            copy_keys(i + STAGES);
             products_wait<0>();
             settle(sums);
-            release(now);
-            if (is_promoted(i) || i + 1 == w.count) promote(rows.share);
-            now.next();
+            release(now.values_empty(memory));
+            promote();
         }
-    }
-
-    // The products of scores of block i and of values of block i − 1 together.
-    template <class Refill>
-    DEVICE void ahead(Refill refill) {
-        if (w.count == 0) return;
-        Place now;
-        clear();
-        barrier_wait(now.full(memory), now.odd);
-        start_scores(now);
-        const float first = k_scale(now);
-        products_wait<0>();
-        settle(s);
-        look(0, first);
-        rows.weigh(s, p);
-        for (int i = 1; i < w.count; ++i) {
-            const Place before = now;
-            now.next();
-            clear();
-            barrier_wait(now.full(memory), now.odd);
-            start_scores(now);
-            start_values(sums, before, i - 1);
-            if (i > 1) refill(i - 2 + STAGES);
-            const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
-            products_wait<1>();
-            settle(s);
-            look(i, scale);
-            u32 next[SCORES / 4];
-            rows.weigh(s, next);
-            shrink(acc);  // a branch: the compiler moves no weights behind the wait
-            products_wait<0>();
-            settle(sums);
-            release(before);
-            const float factor[2] = {share[0] * rows.shrink[0], share[1] * rows.shrink[1]};
-            if (is_promoted(i - 1))
-                promote(factor);
-            else
-                shrink(sums);
-#pragma unroll
-            for (int j = 0; j < SCORES / 4; ++j) p[j] = moved(next[j]);
-        }
-        start_values(sums, now, w.count - 1);
-        products_wait<0>();
-        settle(sums);
-        promote(rows.share);
     }
 
     // acc / total to its places in the model's order.
     DEVICE void finish() {
         const int lane = thread() % 32, quad = lane % 4;
-        const int first = warpgroup * ROWS + thread() % 128 / 32 * 16 + lane / 4;
+        const int first = row();
         const int* places = a.table + (u64)a.order[w.h] * a.tokens;
         const float* v_scale = a.v_scale + w.bh * HEAD_DIM + 2 * quad;
 #pragma unroll
@@ -382,28 +307,19 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
     const u32 memory = shared_memory();
     const Work w = work_of(a);
     set_up(memory);
-    if (PRODUCER && thread() >= CONSUMERS) {
-        fewer_registers<24>();
-        if (thread() / 32 == CONSUMERS / 32) {
-            if (thread() == CONSUMERS) copy_queries(a, w, memory);
-            Filler filler(a, w, memory);
-            for (int i = 0; i < w.count; ++i) filler.fill(i);
-        }
-    } else {
-        if constexpr (PRODUCER) more_registers<240>();
-        Filler filler(a, w, memory);
-        const bool fills = !PRODUCER && same_in_warp(thread() / 32) == 0;
-        const auto refill = [&](int i) { if (fills) filler.fill(i); };
-        if (fills && thread() == 0) copy_queries(a, w, memory);
-        for (int i = 0; i < STAGES; ++i) refill(i);
-        Consumer consumer(a, w, memory);
-        barrier_wait(memory + Q_FULL_AT, 0);
-        if constexpr (AHEAD)
-            consumer.ahead(refill);
-        else
-            consumer.in_order(refill);
-        if (CLUSTER > 1) cluster_arrive();
-        consumer.finish();
-        if (CLUSTER > 1) cluster_wait();  // nobody leaves while another may write here
+    Filler filler(a, w, memory);
+    const bool fills = same_in_warp(thread() / 32) == 0;
+    const auto copy_keys = [&](int i) { if (fills) filler.keys(i); };
+    const auto copy_values = [&](int i) { if (fills) filler.values(i); };
+    if (thread() == 0) copy_queries(a, w, memory);
+    for (int i = 0; i < STAGES; ++i) {
+        copy_keys(i);
+        if (i + 1 < STAGES) copy_values(i);
     }
+    Consumer consumer(a, w, memory);
+    barrier_wait(memory + Q_FULL_AT, 0);
+    consumer.work(copy_keys, copy_values);
+    if (CLUSTER > 1) cluster_arrive();
+    consumer.finish();
+    if (CLUSTER > 1) cluster_wait();  // nobody leaves while another may write here
 }
