@@ -39,14 +39,12 @@ struct alignas(16) Piece {
 // them in registers 4 c + 2 r + i.
 struct Rows {
     float q_scale[2], m[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
-    float scale[2], origin[2], share[2] = {1, 1}, shrink[2];
+    float scale[2], origin[2], highest[2], share[2] = {1, 1}, shrink[2];
+    u32 bytes[2];
     bool grown;
 
-    // Scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
-    template <int N>
-    DEVICE void look(const u32 (&s)[N], float k_scale) {
-        float highest[2];
-        u32 top[2];
+    // Scores → what their weights depend on: p = exp2(s · scale + origin).
+    DEVICE void look(const u32 (&s)[SCORES], float k_scale) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             scale[r] = q_scale[r] * k_scale;
@@ -54,33 +52,45 @@ struct Rows {
 #pragma unroll
             for (int c = 2; c < SCORES / 4; ++c)
                 half[c % 2] = larger(larger(half[c % 2], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
-            top[r] = larger(half[0], half[1]) + BIAS_BITS;
-            if (INT8_VALUES) top[r] = row_maximum(top[r]);
-            highest[r] = (as_float(top[r]) - BIAS) * scale[r];
+            u32 top = larger(half[0], half[1]) + BIAS_BITS;
+            if (INT8_VALUES) top = row_maximum(top);
+            highest[r] = (as_float(top) - BIAS) * scale[r];
         }
+        if (!INT8_VALUES) grow();
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            origin[r] = (INT8_VALUES ? TOP - 24 - highest[r] : TOP - m[r]) - BIAS * scale[r];
+    }
+
+    // If a row is far above m, m becomes its maximum, and all before shrinks.
+    DEVICE void grow() {
         shrink[0] = shrink[1] = 1;
         grown = any_lane(highest[0] > m[0] + SLACK || highest[1] > m[1] + SLACK);
-        if (grown) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float b = INT8_VALUES ? highest[r] : (as_float(row_maximum(top[r])) - BIAS) * scale[r];
-                const float larger_m = larger(m[r], b);
-                shrink[r] = exp2_unit(m[r] - larger_m);
-                total[r] *= shrink[r];
-                m[r] = larger_m;
-            }
-        }
+        if (!grown) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            origin[r] = INT8_VALUES ? TOP - 24 - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
-            if (INT8_VALUES) share[r] = exp2_unit(highest[r] - m[r]);
+            const float larger_m = larger(m[r], INT8_VALUES ? highest[r] : row_maximum(highest[r]));
+            shrink[r] = exp2_unit(m[r] - larger_m);
+            total[r] *= shrink[r];
+            m[r] = larger_m;
+        }
+    }
+
+    // INT8: the weights' part of the sums.
+    DEVICE void add() {
+        if (!INT8_VALUES) return;
+        grow();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            share[r] = exp2_unit(highest[r] - m[r]);
+            total[r] = multiply_add(to_float(bytes[r]), share[r], total[r]);
         }
     }
 
     // Scores → p in 8 bits: of 32 keys, 2 h + r has columns 16 h + 8 g + 2 t + i of row r for bytes 2 g + i. Eight at a
     // time, so that the assembler mixes what they need with the exponentials of others.
     DEVICE void weigh(const u32 (&s)[SCORES], u32 (&p)[SCORES / 4]) {
-        u32 sum[2] = {0, 0};
+        bytes[0] = bytes[1] = 0;
 #pragma unroll
         for (int i = 0; i < SCORES; i += 8) {
             float x[8];
@@ -94,12 +104,8 @@ struct Rows {
             for (int r = 0; r < 2; ++r) {
                 u32& four = p[i / 4 + r];
                 four = pack(x[2 * r], x[2 * r + 1], x[4 + 2 * r], x[5 + 2 * r]);
-                if (INT8_VALUES) sum[r] = add_bytes(four, sum[r]);
+                if (INT8_VALUES) bytes[r] = add_bytes(four, bytes[r]);
             }
-        }
-        if (INT8_VALUES) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) total[r] = multiply_add(to_float(sum[r]), share[r], total[r]);
         }
     }
 
@@ -107,7 +113,8 @@ struct Rows {
         return INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
     }
 
-    static DEVICE u32 row_maximum(u32 x) {
+    template <class T>
+    static DEVICE T row_maximum(T x) {
         x = larger(x, from_lane(x, 1));
         return larger(x, from_lane(x, 2));
     }
@@ -206,11 +213,12 @@ struct Consumer {
             release(now.keys_empty(memory));
             if (i == w.whole) hide();
             rows.look(s, scale);
-            shrink();
             rows.weigh(s, p);
             barrier_wait(now.values_full(memory), now.odd);
             start_values(sums, now);
             copy_keys(i + STAGES);
+            rows.add();
+            shrink();
             products_wait<0>();
             settle(sums);
             release(now.values_empty(memory));
