@@ -12,9 +12,10 @@ inputs that the stock model gave them; if they differ by more than `LARGEST_ERRO
     sage2      SageAttention 2, through diffusers' backend, where it is installed
     paroattn   a plan on top of cudnn, which still runs the cross-attentions
 
-Times are medians of a whole forward, from Python's first launch until the GPU is done. By default, a few blocks of each
-kind are timed at two depths, in turns, and a line through them gives time, memory and profile of the whole model
-(`extrapolated`); with `full` among the depths, the whole model takes turns with them and has rows of its own.
+Times are medians over rounds, in which forwards follow one another for `LOAD_MS`, or once if one takes longer, from
+Python's first launch until the GPU is done. By default, a few blocks of each kind are timed at two depths, in turns,
+and a line through them gives time, memory and profile of the whole model (`extrapolated`); with `full` among the
+depths, the whole model takes turns with them and has rows of its own.
 `compiled` is diffusers' regional compilation of the repeated blocks. FP8 linears are torchao's, scaled by row, in the
 blocks. The step cache is diffusers' first-block cache. Which steps it skips would depend on weights, so here it skips
 every second one, and `ms` is the mean of both. `density` is that of the video's blocks; `density_executed` counts text,
@@ -30,9 +31,7 @@ for the GPU (rates.py); null where there are none.
 """
 
 import argparse
-import functools
 import gc
-import json
 import sys
 import time
 import traceback
@@ -49,7 +48,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from architectures import (
     ARCHITECTURES,
-    MAIN_BLOCK,
     Architecture,
     Blocks,
     Inputs,
@@ -58,79 +56,24 @@ from architectures import (
     only,
     plan_of,
     planned_layers,
-)  # fmt: skip
+)
+from forward_kinds import DEPTHS, GROUPS, HEADLINE, MODES, OURS, STOCK, Choice, Kind, kinds, points, whole_model
+from forward_rows import NOT_TIMED, NUMBERS, about, described, reason_of, save
 from forwards import BACKENDS, BASELINE, attending, caching, compiled, fp8_linears
 from gate import LARGEST_ERROR, Wrong, attention_error, check_output, check_what_ran
 from kernel_times import PARTS, Breakdown, breakdown, profiled
 from paroattn import apply, remove
 from paroattn.plan.plan import TransformerPlan
-from peers import Missing
-from predictions import predicted_ms
-from records import environment, merge
-from timing import medians
+from records import significant
+from timing import lasting_medians
 
-OURS, STOCK = "paroattn", "stock"
-KEY = (
-    "device", "model", "impl", "density", "precision", "block", "compiled", "fp8_linears", "step_cache", "depth",
-    "extrapolated",
-)  # fmt: skip
-NUMBERS = ("ms", *(f"{part}_ms" for part in PARTS), "gaps_ms", "peak_gib")
-NOT_TIMED = ("kernel", "density_executed")
-COMPARED = ("speedup_vs_dense", "speedup_vs_same_linears", "speedup_vs_stock", "overhead", "predicted_ms")
-EVERY_SECOND = "first-block, every second step"
-MODES = {"eager": False, "compiled": True}
-DEPTHS, SMOKE_DEPTHS = (2, 6), (1, 2)
+SMOKE_DEPTHS = (1, 2)
 WHOLE = "full"
-GROUPS = ("stock", "cudnn", "sage2", "paroattn", "cache", "fp8")
-HEADLINE = "headline"
 KERNELS_KEPT = 16
 """How many kernels a profile lists."""
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is on in a row."""
-
-    impl: str
-    density: float = 1.0
-    precision: str = "bf16/bf16"
-    block: str | None = None
-    compiled: bool = False
-    fp8_linears: bool = False
-    step_cache: str | None = None
-
-    @property
-    def graph(self) -> tuple[Any, ...]:
-        """What compiled code depends on."""
-        return self.impl, self.precision, self.block, self.compiled, self.fp8_linears, self.step_cache
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What to measure of a model.
-
-    Attributes:
-        groups: Which rows, by the names in `kinds`.
-        densities, precisions, block: Of ours.
-        modes: Of `MODES`.
-        depths: Two to draw a line through; None draws none.
-        whole: Measure the whole model, in three rows.
-        rounds: Forwards to take the median of.
-        profile: Rows list the kernels that take longest.
-        impl: Implementation of ours.
-    """
-
-    groups: tuple[str, ...] = GROUPS
-    densities: tuple[float, ...] = (0.5, 0.3, 0.2)
-    precisions: tuple[str, ...] = ("int8/fp8", "int8/int8")
-    block: str | None = None
-    modes: tuple[str, ...] = tuple(MODES)
-    depths: tuple[int, int] | None = DEPTHS
-    whole: bool = False
-    rounds: int = 5
-    profile: bool = False
-    impl: str = "auto"
+LOAD_MS = 700.0
+"""How long forwards follow one another in a round, so that a few blocks see the clock that a whole model gets."""
 
 
 @dataclass(frozen=True)
@@ -146,56 +89,6 @@ class Measured:
     ms: float
     gib: float | None = None
     profile: Breakdown | None = None
-
-
-# What is measured
-
-
-def kinds(model: Architecture, choice: Choice) -> list[Kind]:
-    """All rows of the groups, each once; FP8 linears last, since weights stay quantised."""
-    modes = [MODES[name] for name in choice.modes]
-    ours = functools.partial(Kind, OURS, block=choice.block or MAIN_BLOCK[model.head_dim])
-    fastest = ours(min(choice.densities), choice.precisions[0], compiled=True)
-    dense, sage2 = (Kind(name, precision=BACKENDS[name].precision, compiled=True) for name in (BASELINE, "sage2"))
-    fp8 = [replace(each, fp8_linears=True) for each in (dense, fastest)]
-    groups = {
-        HEADLINE: [Kind(STOCK), dense, fastest],
-        "stock": [Kind(STOCK)],
-        "cudnn": [replace(dense, compiled=each) for each in modes],
-        "sage2": [replace(sage2, compiled=each) for each in modes],
-        "paroattn": [
-            ours(density, precision, compiled=each)
-            for each in modes
-            for precision in choice.precisions
-            for density in choice.densities
-        ],
-        "cache": [replace(each, step_cache=EVERY_SECOND) for each in (dense, fastest)],
-        "fp8": fp8,
-    }
-    if choice.whole:
-        groups = {"cudnn": [dense], "paroattn": [fastest], "fp8": fp8[1:]}
-    found = dict.fromkeys(kind for name in choice.groups for kind in groups.get(name, ()))
-    return sorted(found, key=lambda kind: kind.fp8_linears)
-
-
-def points(model: Architecture, depths: tuple[int, int] | None) -> list[tuple[int, ...]]:
-    """Depths to draw a line through: the shallow one, then each kind of blocks deeper in turn; none for None."""
-    if depths is None:
-        return []
-    shallow, deep = depths
-    if not 1 <= shallow < deep <= min(model.depth):
-        raise ValueError(f"depths must rise within 1…{min(model.depth)}; got {shallow} and {deep}")
-    base = (shallow,) * len(model.depth)
-    return [base, *((*base[:i], deep, *base[i + 1 :]) for i in range(len(base)))]
-
-
-def whole_model(values: Sequence[float], at: Sequence[tuple[int, ...]], depth: tuple[int, ...]) -> float:
-    """Value at the published depth, from one at a base depth and one for each kind of blocks that is deeper there."""
-    base, *deeper = values
-    total = base
-    for i, value in enumerate(deeper):
-        total += (value - base) * (depth[i] - at[0][i]) / (at[i + 1][i] - at[0][i])
-    return total
 
 
 def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -221,13 +114,13 @@ def measure(model: Architecture, choice: Choice, device: str, dtype: torch.dtype
         try:
             rows = bench.rows(kind, lines)
         except Exception as failure:  # a backend of someone else fails in ways of its own, and others are still to come
-            row = asdict(kind) | dict.fromkeys((*NUMBERS, *NOT_TIMED)) | {"reason": _reason(failure)}
+            row = asdict(kind) | dict.fromkeys((*NUMBERS, *NOT_TIMED)) | {"reason": reason_of(failure)}
             rows = [row | {"depth": sum(model.depth), "extrapolated": len(at) > 1} for at in lines]
         _free()
         compiled_now = f", {_graphs() - graphs} graphs" if kind.compiled else ""
         seconds = f"  ({time.perf_counter() - start:.0f} s{compiled_now})"
         for row in rows:
-            row = _about(model, device) | row
+            row = about(model, device) | row
             print(described(row) + seconds, flush=True)
             yield row
 
@@ -293,7 +186,7 @@ class Bench:
             if kind.impl == OURS and not kind.compiled:
                 with only(self.transformer, blocks[depth]):
                     check_what_ran(self.transformer, self.inputs["hidden_states"].device)
-        ms = medians(calls, self.choice.rounds, warm_up=0)
+        ms = self.times(calls)
         return {depth: self.measured(kind, call, blocks[depth], ms[depth]) for depth, call in calls.items()}
 
     def measured(self, kind: Kind, call: Callable[[], Any], some: Blocks, ms: float) -> Measured:
@@ -310,8 +203,11 @@ class Bench:
         """Half of a step that computes and one that does not."""
         with only(self.transformer, some), caching(self.transformer, self.model, kind.compiled, forward) as call:
             check_output(call(), self.inputs)
-            ms = medians({0: call}, self.choice.rounds, warm_up=0)[0]
+            ms = self.times({0: call})[0]
             return Measured(ms / 2, self.peak(call, some)[0])
+
+    def times(self, calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+        return lasting_medians(calls, self.choice.rounds, LOAD_MS if torch.cuda.is_available() else 0.0)
 
     def peak(self, call: Callable[[], Any], some: Blocks) -> tuple[float | None, Any]:
         """Peak memory of a call in GiB, without what blocks take that do not take part, and what it returns."""
@@ -339,14 +235,14 @@ class Bench:
         if kind.impl != OURS:
             return 1.0
         first = next(iter(self.plan(kind).layers.values()))
-        return _significant(first.mask[0].with_text(self.model.grid.tokens, self.model.text.tokens).density)
+        return significant(first.mask[0].with_text(self.model.grid.tokens, self.model.text.tokens).density)
 
     def _numbers(self, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, float | None]:
         """Time, memory and what takes the time, of the whole model."""
 
         def whole(values: Iterable[float | None]) -> float | None:
             known = [value for value in values if value is not None]
-            return _significant(whole_model(known, at, self.model.depth)) if len(known) == len(at) else None
+            return significant(whole_model(known, at, self.model.depth)) if len(known) == len(at) else None
 
         times = [each.ms for each in found]
         if min(times[1:], default=float("inf")) <= times[0]:
@@ -359,7 +255,7 @@ class Bench:
 
     def _about(self, kind: Kind, found: Sequence[Measured], at: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         profile = found[-1].profile
-        measured = [{"depth": list(depth), "ms": _significant(each.ms)} for depth, each in zip(at, found, strict=True)]
+        measured = [{"depth": list(depth), "ms": significant(each.ms)} for depth, each in zip(at, found, strict=True)]
         about = {
             "depth": sum(self.model.depth), "extrapolated": len(at) > 1,
             "density_executed": self.executed(kind),
@@ -393,88 +289,8 @@ def _free() -> None:
 # Rows
 
 
-def with_comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with how they compare with those of the same device and model, of the same depth where there are any.
-
-    `overhead` is the share of a row's time that is other or waiting beyond that in the dense row with the same linears.
-    """
-    return [row | _compared(row, functools.partial(_baseline, rows, row)) for row in rows]
-
-
-def _baseline(rows: Sequence[dict[str, Any]], row: dict[str, Any], **wanted: Any) -> dict[str, Any] | None:
-    wanted |= {"device": row["device"], "model": row["model"], "step_cache": None}
-    found = [each for each in rows if each["ms"] and all(each[name] == value for name, value in wanted.items())]
-    return next((each for each in found if each["extrapolated"] == row["extrapolated"]), found[0] if found else None)
-
-
-def _compared(row: dict[str, Any], baseline: Callable[..., dict[str, Any] | None]) -> dict[str, float | None]:
-    dense = functools.partial(baseline, impl=BASELINE, compiled=row["compiled"])
-    same = dense(fp8_linears=row["fp8_linears"])
-
-    def speedup(over: dict[str, Any] | None) -> float | None:
-        return _significant(over["ms"] / row["ms"]) if over and row["ms"] else None
-
-    speedups = speedup(dense(fp8_linears=False)), speedup(same), speedup(baseline(impl=STOCK))
-    predicted = predicted_ms(row)
-    others = _overhead(row, same), predicted and _significant(predicted)
-    return dict(zip(COMPARED, (*speedups, *others), strict=True))
-
-
-def _overhead(row: dict[str, Any], dense: dict[str, Any] | None) -> float | None:
-    if row["impl"] != OURS or dense is None or None in (row.get("gaps_ms"), dense.get("gaps_ms")):
-        return None
-    slower = row["linear_ms"] / dense["linear_ms"]
-    waiting, waiting_dense = (min(each["gaps_ms"], max(each["idle_ms"], 0.0)) for each in (row, dense))
-    added = row["other_ms"] - dense["other_ms"] * slower + waiting - waiting_dense
-    return _significant(added / row["ms"])
-
-
-def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Merge rows into a file and compare all of them anew; a row without a time leaves one with a time as it is."""
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    timed = {_key(row) for row in known if row["ms"] is not None}
-    merge(path, [row for row in rows if row["ms"] is not None or _key(row) not in timed], KEY)
-    merge(path, with_comparisons(json.loads(path.read_text())["rows"]), KEY)
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
-
-
-def _about(model: Architecture, device: str) -> dict[str, Any]:
-    versions = environment(device)
-    if device.startswith("cuda"):
-        import triton
-
-        versions["triton"] = triton.__version__
-    return versions | {
-        "model": model.name, "batch": model.batch, "tokens": model.layout.tokens, "heads": model.heads,
-        "head_dim": model.head_dim, "diffusers": diffusers.__version__,
-    }  # fmt: skip
-
-
-def _reason(failure: Exception) -> str:
-    text = str(failure).strip().partition("\n")[0]
-    return text if isinstance(failure, (Missing, Wrong)) else f"{type(failure).__name__}: {text}"
-
-
 def _rounded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row | {"ms": _significant(row["ms"])} for row in rows]
-
-
-def _significant(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}")
-
-
-def described(row: dict[str, Any]) -> str:
-    on = [name for name in ("compiled", "fp8_linears", "step_cache") if row[name]]
-    label = f"{row['model']} {row['impl']:<8} {row['density']:<4} {row['precision']:<9} {' + '.join(on) or 'eager':<22}"
-    if row["ms"] is None:
-        return f"{label} {row['reason']}"
-    parts = " ".join(f"{part} {row[f'{part}_ms']:.4g}" for part in PARTS if row[f"{part}_ms"] is not None)
-    memory = f"{row['peak_gib']:.1f} GiB" if row["peak_gib"] else ""
-    return f"{label} {row['ms']:9.1f} ms  {parts}  {memory}  {row['kernel'] or ''}"
+    return [row | {"ms": significant(row["ms"])} for row in rows]
 
 
 def depths_of(text: Sequence[str]) -> tuple[tuple[int, int] | None, bool]:

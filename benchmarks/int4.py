@@ -95,6 +95,10 @@ def plain_v(v: Tensor, precision: Any) -> Tensor:
     return plain(v, "channel", 0)
 
 
+def middles_of_v(v: Tensor, precision: Any) -> Tensor:
+    return dequantize(*four_bits.round_values(v, carry=0.0, from_fourth=0.0))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A row to be.
@@ -127,7 +131,8 @@ PV: tuple[tuple[str, Patches | None], ...] = (
     ("P by block, V by channel (the paper)", {"_round_p": plain_p("block", 7.0), "_round_v": plain_v}),
     ("P by row within the block", {"_round_p": plain_p("row", 7.0), "_round_v": plain_v}),
     ("P unsigned", {"_round_p": plain_p("row", 15.0), "_round_v": plain_v}),
-    ("P dithered", {"_round_v": plain_v}),
+    ("P's errors carried on", {"_round_v": plain_v}),
+    ("middles of 16 values", {"_round_v": middles_of_v}),
     ("V's errors carried on", None),
 )
 INSTEAD: tuple[tuple[str, str, Patches], ...] = (

@@ -50,7 +50,7 @@ from paroattn.kernels.attention import attention
 from paroattn.kernels.planned import planned_attention
 from paroattn.plan.balance import contiguous_deal, deal_heads, imbalance, kept_blocks
 from paroattn.plan.plan import TransformerPlan
-from records import environment, merge
+from records import environment, merge, significant
 
 KEY = ("device", "model", "gpus", "density", "precision", "block", "balanced", "compiled")
 EXCHANGE = re.compile(r"(?i:nccl)|^_copy_kernel")
@@ -102,9 +102,9 @@ def measure(setting: Setting, gpus: Sequence[int], save: Callable[[dict[str, Any
         if setting.overlap and balanced and count > 1:
             with bench.following(count, balanced, parts=2), torch.no_grad():
                 found = {depth: bench.timed(depth) for depth in setting.depths}
-                row["ms_two_parts"] = _significant(whole_model(found, sum(model.depth)))
+                row["ms_two_parts"] = significant(whole_model(found, sum(model.depth)))
         first = first or row
-        row |= {"speedup_vs_1": _significant(first["ms"] / row["ms"])}
+        row |= {"speedup_vs_1": significant(first["ms"] / row["ms"])}
         save(row)
         say(f"{described(row)}, {time.perf_counter() - began:.0f} s")
 
@@ -151,11 +151,11 @@ class Bench:
             raise Wrong(f"{gpus} GPUs differ from one by {error:.2g}; attention is {'the same' if same else 'not'}")
         ms, depth = whole_model(found, sum(setting.model.depth)), sum(setting.model.depth)
         return about(setting) | {
-            "gpus": gpus, "balanced": balanced, "ms": _significant(ms), "speedup_vs_1": None,
-            "imbalance": _significant(self.imbalance(gpus)), "depth": depth,
+            "gpus": gpus, "balanced": balanced, "ms": significant(ms), "speedup_vs_1": None,
+            "imbalance": significant(self.imbalance(gpus)), "depth": depth,
             "extrapolated": depth not in setting.depths, "rounds": setting.rounds, "error_vs_1": error,
             "same_attention": same, "layer": parts, **exchange,
-            "measured": [{"depth": at, "ms": _significant(each)} for at, each in found.items()],
+            "measured": [{"depth": at, "ms": significant(each)} for at, each in found.items()],
         }  # fmt: skip
 
     def forward(self, depth: int) -> Tensor:
@@ -186,7 +186,7 @@ class Bench:
             times[part] += ms / depth
         longest = ", ".join(f"{row['name'][:32]} {row['ms'] / depth:.3g}" for row in by_name(profile.kernels)[:14])
         say(f"    milliseconds of a layer: {longest}")
-        return {part: _significant(_mean(ms)) for part, ms in times.items()}
+        return {part: significant(_mean(ms)) for part, ms in times.items()}
 
     def imbalance(self, gpus: int) -> float:
         costs = [kept_blocks(layer.mask[0]).tolist() for layer in self.plan.layers.values()]
@@ -222,7 +222,7 @@ class Bench:
         model, group = self.setting.model, hook.ranks._process_group
         tokens = model.grid.tokens // gpus * gpus
         return {
-            f"exchange_{name}_ms": _significant(self._exchange(tokens * model.heads * channels // gpus, dtype, group))
+            f"exchange_{name}_ms": significant(self._exchange(tokens * model.heads * channels // gpus, dtype, group))
             for name, dtype, channels in (
                 ("bf16", torch.bfloat16, model.head_dim), ("int8", torch.int8, model.head_dim + 2),
             )
@@ -308,11 +308,6 @@ def _over_processes(value: float, how: Any) -> float:
     number = torch.tensor([value], dtype=torch.float64)  # on the CPU: gloo
     dist.all_reduce(number, how)
     return number.item()
-
-
-def _significant(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}")
 
 
 def smaller(model: Architecture) -> Architecture:

@@ -122,7 +122,8 @@ def only_in_four_bits(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, st
     stored = four_bits.round_weights((tiles - top).exp() * 15, BLOCK)
     p = (stored * (top - s.amax(-1)[..., None, None]).exp()).flatten(-2)[..., : s.shape[-1]]
     for name, v_hat in (
-        ("+ dithered", rounded(v, FORMATS["int4"], "channel")),
+        ("+ errors carried on to later keys", rounded(v, FORMATS["int4"], "channel")),
+        ("+ middles of 16 values", dequantize(*four_bits.round_values(v, 0.0, 0.0))),
         (SHIPPED["PV", "int4"], dequantize(*four_bits.round_values(v))),
     ):
         yield "PV", name, p @ v_hat / p.sum(-1, keepdim=True)

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention import MAIN_BLOCK, OURS, Inputs, Job, about, checked, own_call, own_kernel, significant
+from attention import MAIN_BLOCK, OURS, Inputs, Job, about, checked, own_call, own_kernel
 from paroattn.block_mask import parse_block
 from paroattn.precision import Precision
-from records import merge
+from records import merge, significant
 from shapes import SHAPES, Shape
 from timing import gpu_medians, medians
 
 KEY = ("device", "shape", "precision", "block", "density")
-PRECISIONS = ("int8/fp8", "int8/int8")
+PRECISIONS = ("int8/fp8", "int8/int8", "int4/int4")
 COPIED_BYTES = 2**31
 
 

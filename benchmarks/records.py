@@ -26,15 +26,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def merge(path: Path, rows: Sequence[dict[str, Any]], key: Sequence[str]) -> None:
-    """Put rows into a result file; a row replaces the one that agrees with it in every field of `key`."""
-    kept = read(path)
-    new = {json.dumps([row.get(name) for name in key]) for row in rows}
-    kept = [row for row in kept if json.dumps([row.get(name) for name in key]) not in new]
+    """Put rows into a result file; a row replaces the one before it that agrees with it in every field of `key`."""
+    new = {_key(row, key): row for row in rows}
+    kept = [row for row in read(path) if _key(row, key) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
+    lines = ",\n".join(json.dumps(row) for row in [*kept, *new.values()])
     scratch = path.with_suffix(".new")
     scratch.write_text(f'{{"rows": [\n{lines}\n]}}\n')
     scratch.replace(path)
+
+
+def _key(row: dict[str, Any], names: Sequence[str]) -> str:
+    return json.dumps([row.get(name) for name in names])
+
+
+def significant(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
 
 
 def _processor() -> str:

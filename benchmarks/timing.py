@@ -53,6 +53,25 @@ def medians(calls: Mapping[Any, Callable[[], Any]], rounds: int = 15, warm_up: i
     return {name: statistics.median(times) for name, times in milliseconds(calls, rounds, warm_up).items()}
 
 
+def lasting_medians(calls: Mapping[Any, Callable[[], Any]], rounds: int, least: float) -> dict[Any, float]:
+    """Median milliseconds of every call under lasting load: in each round a call is repeated for `least` milliseconds.
+
+    Nothing waits between repetitions. A GPU lowers its clock after some tenths of a second of work, so that a short
+    call by itself runs faster than as a part of a long one. Every call ran before.
+    """
+    repeats = {name: max(1, round(least / times[0])) for name, times in milliseconds(calls, 1, warm_up=0).items()}
+
+    def repeated(name: Any) -> Callable[[], None]:
+        def call() -> None:
+            for _ in range(repeats[name]):
+                calls[name]()
+
+        return call
+
+    times = medians({name: repeated(name) for name in calls}, rounds, warm_up=0)
+    return {name: times[name] / repeats[name] for name in calls}
+
+
 def gpu_medians(calls: Mapping[Any, Callable[[], Any]], rounds: int = 15, enough: float = 150.0) -> dict[Any, float]:
     """Median milliseconds of every call, each of which ran before, on the GPU."""
     return {name: statistics.median(times) for name, times in gpu_milliseconds(calls, rounds, enough).items()}

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,6 +287,135 @@ def missing(name):
     raise ImportError(f"No module named {name!r}")
 
 
+# Peers in FP8
+
+
+class Port:
+    """A tensor of a graph, which knows how to find its values in a buffer."""
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def __getattr__(self, name):
+        return lambda value: self.fields.update({name.removeprefix("set_"): value}) or self
+
+    def of(self, buffer):
+        assert buffer.dtype == self.fields["data_type"]
+        return buffer.as_strided(self.fields["dim"], self.fields["stride"])
+
+
+class Graph:
+    """What cuDNN's `pygraph` computes with FP8 operands, in float64 but for its roundings to FP8."""
+
+    def __init__(self, **types):
+        self.built = False
+
+    def tensor(self, **fields):
+        return Port(**fields)
+
+    def sdpa_fp8(self, generate_stats, attn_scale, **operands):
+        assert not generate_stats
+        self.operands, self.attn_scale = operands, attn_scale
+        self.out, self.largest = Port(), (Port(), Port())
+        return [self.out, None, *self.largest]
+
+    def build(self, modes):
+        self.built = modes
+
+    def get_workspace_size(self):
+        return 7
+
+    def execute(self, buffers, workspace):
+        assert self.built
+        assert workspace.numel() == 7
+        x = {name: port.of(buffers[port]).double() for name, port in self.operands.items()}
+        scores = x["q"] * x["descale_q"] @ (x["k"] * x["descale_k"]).mT * self.attn_scale
+        numerators = (scores - scores.amax(-1, keepdim=True)).exp()
+        rounded = (numerators * x["scale_s"]).to(peers.FP8).double() * x["descale_s"]
+        out = rounded @ (x["v"] * x["descale_v"]) / numerators.sum(-1, keepdim=True)
+        self.out.of(buffers[self.out]).copy_(out * x["scale_o"])
+        for port, each in zip(self.largest, (numerators, out), strict=True):
+            port.of(buffers[port]).fill_(each.abs().max())
+
+
+CUDNN = SimpleNamespace(
+    data_type=SimpleNamespace(FP8_E4M3=peers.FP8, FLOAT=torch.float32), heur_mode=SimpleNamespace(A="A"), pygraph=Graph
+)
+
+
+def flash_attn_func(q, k, v, q_descale, k_descale, v_descale):
+    """FlashAttention 3 with FP8 operands (B, N, H, D), a scale for each batch element and head, in float64."""
+    q, k, v = (
+        x.transpose(1, 2).double() * scale[..., None, None]
+        for x, scale in ((q, q_descale), (k, k_descale), (v, v_descale))
+        if x.dtype == peers.FP8
+    )
+    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2).bfloat16()
+
+
+@pytest.fixture
+def fp8_packages(monkeypatch):
+    modules = {"cudnn": CUDNN, "flash_attn_interface": SimpleNamespace(flash_attn_func=flash_attn_func)}
+    monkeypatch.setattr(peers, "import_module", modules.__getitem__)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+
+
+@pytest.mark.parametrize(("name", "rounded"), [("cudnn-fp8", 0.02), ("flash3-fp8", 0.002)])
+def test_peers_in_fp8_are_right_to_their_rounding(fp8_packages, name, rounded):
+    shape = Shape("two", 3, 64, TINY.grid, TINY.text, batch=2)
+    inputs = benchmark.Inputs(shape, "cpu")
+    model = tuple(x * scale for x, scale in zip(inputs.model, (0.3, 3.0, 50.0), strict=True))
+    case = peers.Case(model, tuple(benchmark.heads_first(x) for x in model), inputs.kept("even", 1.0))
+    out = peers.PEERS[name].call(case)()
+    assert (out.shape, out.dtype) == ((2, 3, shape.tokens, 64), torch.bfloat16)
+    codes, scales = peers.in_fp8(*case.heads_first)
+    q, k, v = (each.double() * scale for each, scale in zip(codes, scales, strict=True))
+    right = (q @ k.mT / 8).softmax(-1) @ v
+    assert rounded / 4 < (out.double() - right).norm() / right.norm() < 2 * rounded
+    bf16 = exact_attention(case)().double()
+    assert 0.02 < (out.double() - bf16).norm() / bf16.norm() < 0.15
+
+
+def test_fp8_uses_its_whole_range_and_gives_values_back():
+    tensors = [torch.linspace(-at, at / 2, 1000).bfloat16().reshape(2, 5, 100) for at in (1e-3, 1.0, 3e4)]
+    codes, scales = peers.in_fp8(*tensors)
+    for x, code, scale in zip(tensors, codes, scales, strict=True):
+        assert (code.dtype, code.shape, scale.dtype, scale.shape) == (peers.FP8, x.shape, torch.float32, ())
+        assert code.float().abs().max() == 448
+        back = peers.out_of_fp8(code, scale, torch.bfloat16)
+        assert back.dtype == torch.bfloat16
+        assert (back.float() - x.float()).norm() / x.float().norm() < 0.04
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "remark"),
+    [
+        ("cudnn-fp8", "cudnn", "the package is nvidia-cudnn-frontend"),
+        ("flash3-fp8", "flash_attn_interface", "no wheel of it is published"),
+    ],
+)
+def test_peers_in_fp8_that_are_not_installed_say_so(exact_peers, monkeypatch, name, module, remark):
+    monkeypatch.setattr(peers, "import_module", missing)
+    (row,) = (row for row in measured(name) if row["impl"] == name)
+    assert (row["precision"], row["block"], row["density"], row["ms"]) == ("fp8/fp8", None, 1.0, None)
+    assert row["reason"] == f"{module} cannot be imported: No module named {module!r}; {remark}"
+
+
+@pytest.mark.parametrize(("noise", "timed"), [(0.15, True), (0.3, False)])
+def test_what_multiplies_q_and_k_in_fp8_may_be_further_off(exact_peers, monkeypatch, noise, timed):
+    def noisy(case):
+        out = exact_attention(case)()
+        wrong = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        off = out + noise * out.double().square().mean(-1, keepdim=True).sqrt() * wrong
+        return lambda: off
+
+    for precision in ("fp8/fp8", "int8/fp8"):
+        monkeypatch.setitem(benchmark.PEERS, precision, peers.Peer(noisy, precision))
+    rows = {row["impl"]: row for row in measured("fp8/fp8", "int8/fp8")}
+    assert (rows["fp8/fp8"]["ms"] is not None) == timed
+    assert "at most 0.06 is allowed" in rows["int8/fp8"]["reason"]
+
+
 def test_jobs_cover_the_full_table():
     jobs = list(benchmark.jobs(SHAPES["wan-14b-480p"], benchmark.Choice()))
     keys = [tuple(job.about.values()) for job in jobs]
@@ -309,7 +440,7 @@ def test_rows_are_merged_by_key_and_a_null_never_replaces_a_time(tmp_path, exact
     benchmark.save(path, rows)
     later = [row | {"ms": 7.0, "speedup_vs_cudnn": 2.0} for row in rows if row["impl"] == "flash3"]
     later += [row | {"ms": None, "reason": "gone"} for row in rows if row["impl"] == "sound"]
-    later += [row | {"device": "another"} for row in rows if row["impl"] == "cudnn"]
+    later += [row | {"device": "another"} for row in rows if row["impl"] == "cudnn"] * 2
     benchmark.save(path, later)
     merged = json.loads(path.read_text())["rows"]
     assert len(merged) == len(rows) + 1
@@ -330,6 +461,20 @@ def test_slow_calls_take_part_in_fewer_rounds_and_rounds_have_another_order(monk
     assert [sorted(played[at : at + 3]) for at in (0, 3, 6)] == [[1.0, 10.0, 100.0]] * 3
     assert len({tuple(played[at : at + 3]) for at in (0, 3, 6)}) > 1
     assert timing.gpu_medians({"one": lambda: 4.0}, rounds=3) == {"one": 4.0}
+
+
+def test_short_calls_follow_one_another_until_a_load_has_lasted(monkeypatch):
+    now, played = [0.0], []
+    seconds = {"short": 0.1, "middle": 0.3, "long": 2.0}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        played.append(name)
+        now[0] += seconds[name] * (1.5 if played[-2:-1] == [name] else 1)  # a slower clock once the GPU is busy
+
+    found = timing.lasting_medians({name: partial(call, name) for name in seconds}, rounds=3, least=700.0)
+    assert Counter(played) == {"short": 1 + 3 * 7, "middle": 1 + 3 * 2, "long": 1 + 3}
+    assert found == pytest.approx({"short": (100 + 6 * 150) / 7, "middle": (300 + 450) / 2, "long": 2000})
 
 
 def test_preparing_is_held_against_the_bytes_that_it_must_move(monkeypatch):
@@ -377,7 +522,8 @@ def result(**fields):
 
 def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr("result_tables.RESULTS", tmp_path)
-    assert {tables.attention_gpu(), tables.kernels_gpu(), tables.prepare_gpu()} == {"Not measured yet.\n"}
+    empty = {tables.attention_gpu(), tables.attention_gpu_short(), tables.kernels_gpu(), tables.prepare_gpu()}
+    assert empty == {"Not measured yet.\n"}
     rows = [
         result(impl="cudnn", precision="bf16/bf16", block=None, density=1.0, ms=34.32, speedup_vs_cudnn=1.0),
         result(),
@@ -395,6 +541,13 @@ def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypat
     assert "too long" not in text
     assert "NVIDIA H200, PyTorch 2.11.0, 2026-01-01." in text
     assert "| wan-14b-480p, int8/fp8, 128x128, uneven | 700 |" in tables.kernels_gpu()
+    assert "| against dense bf16 of cuDNN | paroattn, density 0.2 |\n" in tables.attention_gpu_short()
+    dense = {"precision": "fp8/fp8", "block": None, "density": 1.0, "ms": 20.0, "speedup_vs_cudnn": 1.72}
+    records.merge(tmp_path / "attention_h200.json", [result(impl="flash3-fp8", **dense)], benchmark.KEY)
+    assert "| wan-14b-480p, flash3-fp8, fp8/fp8 | 20 ms, 1.72× | – |" in tables.attention_gpu()
+    short = tables.attention_gpu_short()
+    assert "| against dense bf16 of cuDNN | paroattn, density 0.2 | flash3-fp8, density 1 |\n" in short
+    assert "| wan-14b-480p | 5.50× | 1.72× |" in short
 
 
 def test_every_ingredient_of_int4_changes_what_the_reference_computes():
@@ -410,7 +563,7 @@ def test_every_ingredient_of_int4_changes_what_the_reference_computes():
         error = ((out - expected).norm() / expected.norm()).item()
         assert 0.01 < error < 1.5, variant
         outputs[variant.what, variant.ingredients] = error
-    assert len(set(outputs.values())) == len(variants) == 14
+    assert len(set(outputs.values())) == len(variants) == 15
     assert {each.what for each in int4.variants() if each.density == 0.5} == {"0.5", "0.5+qk", "0.5+pv", "0.5+qk+pv"}
 
 

@@ -1,5 +1,6 @@
 """The documents: every command, snippet, argument and message in them is one that exists, and what can run is run."""
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -102,6 +103,34 @@ def test_there_are_commands_to_check():
     assert {args.model for _, args in ON_MODELS} == set(HUB)
     with pytest.raises(SystemExit):
         parsed("paro generate demo --prompt x --out x.gif --resolution 720p")
+
+
+SCRIPTS = [
+    (page, line)
+    for page in PAGES
+    for text in blocks(page, "", "sh")
+    for line in text.replace("\\\n", " ").splitlines()
+    if re.match(r"(torchrun .*|python )benchmarks/", line)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), SCRIPTS, ids=[line[:60] for _, line in SCRIPTS])
+def test_every_benchmark_takes_what_the_pages_hand_it(page, line, monkeypatch):
+    script, given = re.split(r"(?<=\.py)", line.partition("benchmarks/")[2], maxsplit=1)
+    parse, taken = argparse.ArgumentParser.parse_args, []
+
+    def parse_only(parser, arguments=None, namespace=None):
+        taken.append(parse(parser, shlex.split(given)))
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    with pytest.raises(Parsed):
+        importlib.import_module(script.removesuffix(".py")).main()
+    assert len(taken) == 1
+
+
+class Parsed(Exception):
+    """A command line was taken."""
 
 
 def _layout(args: Any) -> Any:
@@ -231,9 +260,21 @@ def test_the_readme_lists_every_document():
     assert [str(page) for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in readme] == []
 
 
-def test_links_in_the_pages_on_models_lead_somewhere():
-    links = [(page, link) for page in MODEL_PAGES for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
-    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """What a link can name in a page: its headings in lower case, without signs, words joined by hyphens."""
+    heads = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "training" / "README.md"], ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    missing = []
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
+    assert missing == []
 
 
 def test_every_model_page_says_who_makes_the_plan():

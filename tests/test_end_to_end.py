@@ -5,6 +5,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend
 
 import architectures
 import end_to_end as benchmark
+import forward_rows
 import forward_tables
 import forwards
 import gate
@@ -23,7 +25,7 @@ import result_tables
 import synthetic_plan
 import tables
 from architectures import ARCHITECTURES, built, first_blocks, only
-from end_to_end import Choice, Kind
+from forward_kinds import Choice, Kind, kinds, points, whole_model
 from kernel_times import Profile
 from paroattn.grid import ORDERS, Grid
 from paroattn.integration.models import self_attentions
@@ -85,7 +87,7 @@ def count_blocks(model, monkeypatch):
     """A clock that counts blocks: 10 ms, 2 ms for each of the first kind and 3 ms for each of the second."""
     make, made = built, []
 
-    def clock(calls, rounds, warm_up):
+    def clock(calls, rounds, least):
         return {depth: timed(call) for depth, call in calls.items()}
 
     def timed(call):
@@ -98,7 +100,7 @@ def count_blocks(model, monkeypatch):
         return 10.0 + sum(count * ms for count, ms in zip(counts[-1], (2, 3), strict=False))
 
     monkeypatch.setattr(benchmark, "built", lambda *args: made.append(make(*args)) or made[-1])
-    monkeypatch.setattr(benchmark, "medians", clock)
+    monkeypatch.setattr(benchmark, "lasting_medians", clock)
 
 
 def measured(model, choice, monkeypatch):
@@ -271,7 +273,7 @@ def test_every_kind_of_row_of_every_model_runs_and_is_complete(name, on_a_cpu, n
 
 
 def test_compiled_blocks_run_alone_by_plan_and_under_a_step_cache(on_a_cpu, unprofiled, monkeypatch):
-    kept = [kind for kind in benchmark.kinds(toy("wan-14b-480p"), SHORT) if kind.compiled and kind.impl == "paroattn"]
+    kept = [kind for kind in kinds(toy("wan-14b-480p"), SHORT) if kind.compiled and kind.impl == "paroattn"]
     kept = [Kind("cudnn", compiled=True), *(kind for kind in kept if not kind.fp8_linears)]
     monkeypatch.setattr(benchmark, "kinds", lambda model, choice: kept)
     graphs = []
@@ -308,7 +310,7 @@ def test_our_kernels_run_a_row_in_tritons_interpreter(precision, on_a_cpu, unpro
 
 def test_the_profile_of_a_forward_tells_attention_from_linears(on_a_cpu, monkeypatch):
     choice = replace(SHORT, groups=("stock", "paroattn"))
-    kept = [kind for kind in benchmark.kinds(toy("wan-14b-480p"), choice) if not kind.compiled]
+    kept = [kind for kind in kinds(toy("wan-14b-480p"), choice) if not kind.compiled]
     monkeypatch.setattr(benchmark, "kinds", lambda model, choice: kept)
     stock, ours = measured(toy("wan-14b-480p"), choice, monkeypatch)
     assert "scaled_dot_product" in stock["kernel"]
@@ -374,7 +376,7 @@ def test_dense_rows_but_stock_leave_out_a_mask_that_is_all_true(impl, on_a_cpu, 
 
 
 def test_kinds_are_those_of_the_full_table():
-    found = benchmark.kinds(ARCHITECTURES["cogvideox-5b"], Choice())
+    found = kinds(ARCHITECTURES["cogvideox-5b"], Choice())
     assert len(found) == len(set(found)) == 1 + 2 + 2 + 12 + 2 + 2
     ours = [kind for kind in found if kind.impl == "paroattn"]
     assert {(kind.density, kind.precision, kind.compiled) for kind in ours} >= {
@@ -383,17 +385,17 @@ def test_kinds_are_those_of_the_full_table():
     }  # fmt: skip
     assert {kind.block for kind in ours} == {"64x128"}
     assert [kind.fp8_linears for kind in found] == [False] * 19 + [True] * 2
-    assert {kind.block for kind in benchmark.kinds(ARCHITECTURES["flux-1024"], Choice()) if kind.block} == {"128x128"}
+    assert {kind.block for kind in kinds(ARCHITECTURES["flux-1024"], Choice()) if kind.block} == {"128x128"}
 
 
 def test_rows_are_chosen_by_group_and_mode_each_once():
     model = ARCHITECTURES["wan-14b-480p"]
-    found = benchmark.kinds(model, Choice(groups=("headline", "cudnn", "paroattn"), precisions=("int8/fp8",)))
+    found = kinds(model, Choice(groups=("headline", "cudnn", "paroattn"), precisions=("int8/fp8",)))
     assert len(found) == len(set(found)) == 3 + 1 + 5
     assert [(kind.impl, kind.density, kind.compiled) for kind in found[:3]] == [
         ("stock", 1.0, False), ("cudnn", 1.0, True), ("paroattn", 0.2, True),
     ]  # fmt: skip
-    eager = benchmark.kinds(model, Choice(groups=("cudnn", "paroattn"), modes=("eager",)))
+    eager = kinds(model, Choice(groups=("cudnn", "paroattn"), modes=("eager",)))
     assert not any(kind.compiled for kind in eager)
 
 
@@ -401,7 +403,7 @@ def test_smoke_asks_little_of_every_model_whatever_else_is_said():
     asked = benchmark.parser().parse_args(["--model", "wan-14b-480p", "--smoke", "--rows", "fp8", "--rounds", "7"])
     choice = benchmark.chosen(asked)
     assert (choice.depths, choice.rounds) == ((1, 2), 1)
-    found = benchmark.kinds(ARCHITECTURES["flux-1024"], choice)
+    found = kinds(ARCHITECTURES["flux-1024"], choice)
     assert [(kind.impl, kind.density, kind.compiled) for kind in found] == [
         ("cudnn", 1.0, False), ("paroattn", 0.2, False),
     ]  # fmt: skip
@@ -425,7 +427,8 @@ def test_a_profile_lists_kernels_on_request(on_a_cpu, not_compiled, unprofiled, 
 
 
 def test_a_line_that_falls_is_no_time(on_a_cpu, unprofiled, monkeypatch):
-    monkeypatch.setattr(benchmark, "medians", lambda calls, rounds, warm_up: dict(zip(calls, (9.0, 1.0), strict=True)))
+    falling = lambda calls, rounds, least: dict(zip(calls, (9.0, 1.0), strict=True))  # noqa: E731
+    monkeypatch.setattr(benchmark, "lasting_medians", falling)
     monkeypatch.setattr(benchmark, "attention_error", lambda *_: 0.0)
     row = next(benchmark.measure(toy("wan-14b-480p"), replace(SHORT, groups=("stock",)), "cpu", torch.float32))
     assert row["ms"] is None
@@ -550,18 +553,32 @@ def test_outputs_have_the_shape_of_inputs():
 # Arithmetic
 
 
+@pytest.mark.parametrize(
+    ("ran", "dense_calls", "wrong"),
+    [({"sm90"}, {}, None), ({"triton", "native"}, {}, None), (set(), {}, "ran by ;"), ({"triton", "cpu"}, {}, "cpu"),
+     ({"sm90"}, {"a mask": 2}, "a mask")],
+)  # fmt: skip
+def test_a_layer_must_have_run_on_kernels_alone(ran, dense_calls, wrong, monkeypatch):
+    layer = {"phases": [{"impl": name} for name in ran], "dense_calls": dense_calls}
+    found = SimpleNamespace(to_dict=lambda: {"transformer": {"layers": {"attn1": layer}}})
+    monkeypatch.setattr(gate, "report", lambda transformer: found)
+    monkeypatch.setattr(gate, "planned_layers", lambda transformer: ["attn1"])
+    with pytest.raises(gate.Wrong, match=f"attn1 must run on kernels.*{wrong}") if wrong else nullcontext():
+        gate.check_what_ran(None, torch.device("cuda"))
+
+
 def test_a_line_through_two_depths_gives_the_whole_model():
     wan, hunyuan = ARCHITECTURES["wan-14b-720p"], ARCHITECTURES["hunyuanvideo-720p"]
-    assert benchmark.points(wan, (2, 6)) == [(2,), (6,)]
-    assert benchmark.points(hunyuan, (2, 6)) == [(2, 2), (6, 2), (2, 6)]
-    assert benchmark.points(hunyuan, None) == []
-    assert benchmark.whole_model([7 + 2 * 3, 7 + 6 * 3], [(2,), (6,)], (40,)) == 7 + 40 * 3
-    at = benchmark.points(hunyuan, (1, 4))
-    assert benchmark.whole_model([7 + 3 * a + 5 * b for a, b in at], at, (20, 40)) == 7 + 20 * 3 + 40 * 5
-    assert benchmark.whole_model([9.0], [(20, 40)], (20, 40)) == 9.0
+    assert points(wan, (2, 6)) == [(2,), (6,)]
+    assert points(hunyuan, (2, 6)) == [(2, 2), (6, 2), (2, 6)]
+    assert points(hunyuan, None) == []
+    assert whole_model([7 + 2 * 3, 7 + 6 * 3], [(2,), (6,)], (40,)) == 7 + 40 * 3
+    at = points(hunyuan, (1, 4))
+    assert whole_model([7 + 3 * a + 5 * b for a, b in at], at, (20, 40)) == 7 + 20 * 3 + 40 * 5
+    assert whole_model([9.0], [(20, 40)], (20, 40)) == 9.0
     for wrong in ((6, 2), (2, 2), (0, 3), (2, 41)):
         with pytest.raises(ValueError, match=r"must rise within 1…40"):
-            benchmark.points(wan, wrong)
+            points(wan, wrong)
 
 
 def test_the_command_writes_rows_and_fails_where_ours_does(on_a_cpu, not_compiled, unprofiled, tmp_path, monkeypatch):
@@ -576,7 +593,7 @@ def test_the_command_writes_rows_and_fails_where_ours_does(on_a_cpu, not_compile
     assert [(row["impl"], row["compiled"], row["density"]) for row in rows] == [
         ("cudnn", False, 1.0), ("cudnn", True, 1.0), ("paroattn", False, 0.3), ("paroattn", True, 0.3),
     ]  # fmt: skip
-    assert all(set(row) == FIELDS | set(benchmark.COMPARED) for row in rows)
+    assert all(set(row) == FIELDS | set(forward_rows.COMPARED) for row in rows)
     monkeypatch.setattr("paroattn.integration.backend.attention", not_a_number)
     monkeypatch.setattr(benchmark, "LARGEST_ERROR", float("inf"))
     assert benchmark.main([*arguments, *ours]) == 1
@@ -685,8 +702,8 @@ def table_rows():
 
 
 def test_speedups_are_over_the_baselines_that_they_name():
-    found = benchmark.with_comparisons(table_rows())
-    speedups = [[each[name] for name in benchmark.COMPARED[:3]] for each in found]
+    found = forward_rows.with_comparisons(table_rows())
+    speedups = [[each[name] for name in forward_rows.COMPARED[:3]] for each in found]
     assert speedups == [
         [pytest.approx(12 / 18, rel=1e-3), pytest.approx(12 / 18, rel=1e-3), 1.0],
         [1.0, 1.0, 1.5],
@@ -708,10 +725,10 @@ def test_speedups_are_over_the_baselines_that_they_name():
 def test_rows_are_merged_and_later_baselines_reach_earlier_rows(tmp_path):
     path = tmp_path / "result.json"
     rows = table_rows()
-    benchmark.save(path, [rows[5]])
+    forward_rows.save(path, [rows[5]])
     assert json.loads(path.read_text())["rows"][0]["speedup_vs_dense"] is None
-    benchmark.save(path, [rows[2]])
-    benchmark.save(path, [rows[0], rows[5] | {"ms": None, "reason": "out of memory"}])
+    forward_rows.save(path, [rows[2]])
+    forward_rows.save(path, [rows[0], rows[5] | {"ms": None, "reason": "out of memory"}])
     merged = {(each["impl"], each["ms"]): each for each in json.loads(path.read_text())["rows"]}
     assert merged["paroattn", 4400.0]["speedup_vs_dense"] == 2.5
     assert merged["paroattn", 4400.0]["speedup_vs_stock"] == pytest.approx(18 / 4.4, rel=1e-3)
@@ -721,8 +738,8 @@ def test_rows_are_merged_and_later_baselines_reach_earlier_rows(tmp_path):
 def test_tables_say_what_was_reached_what_bounds_it_and_what_remains(tmp_path, monkeypatch):
     monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
     assert tables.end_to_end() == tables.forwards() == tables.roofline() == tables.NOTHING
-    rows = benchmark.with_comparisons(table_rows())
-    records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)
+    rows = forward_rows.with_comparisons(table_rows())
+    records.merge(tmp_path / "end_to_end_h200.json", rows, forward_rows.KEY)
     text = tables.end_to_end()
     assert "| wan-14b-720p, stock, eager, flash kernel | 18000 | 0.67× | 0.67× | 1.00× | 40.0 | – |" in text
     assert (
@@ -757,8 +774,8 @@ def test_ours_is_compared_with_the_dense_row_that_has_all_else_in_common(other):
 def test_forecasts_are_compared_with_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
     assert tables.forecasts() == tables.NOTHING
-    rows = benchmark.with_comparisons(table_rows())
-    records.merge(tmp_path / "end_to_end_h200.json", rows, benchmark.KEY)
+    rows = forward_rows.with_comparisons(table_rows())
+    records.merge(tmp_path / "end_to_end_h200.json", rows, forward_rows.KEY)
     eager = [each for each in rows if not each["compiled"] and each["impl"] in ("cudnn", "paroattn")]
     dense, ours = (predicted_ms(each) or 0.0 for each in eager)
     assert eager[0]["predicted_ms"] == pytest.approx(dense, rel=1e-3) and dense > 2 * ours > 0

@@ -49,8 +49,20 @@ def renamed(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 32))[..., places].flatten(-2)
 
 
+def renamed_keys(x: Tensor) -> Tensor:
+    """Inside each 32 of the last dimension, 16 s + 8 g + 2 t + i comes to 8 t + 4 g + 2 i + s."""
+    places = [16 * s + 8 * g + 2 * t + i for t in range(4) for g in range(2) for i in range(2) for s in range(2)]
+    return x.unflatten(-1, (-1, 32))[..., places].flatten(-2)
+
+
+def in_words(middles: Tensor) -> Tensor:
+    """(…, runs) → (…, 16) bytes: two runs in the first half of every word."""
+    pairs = torch.nn.functional.pad(middles.unflatten(-1, (-1, 2)), (0, 2)).flatten(-2)
+    return torch.nn.functional.pad(pairs, (0, 16 - pairs.shape[-1])).to(torch.int8)
+
+
 class Integers:
-    """Integers of INT4, whatever they would stand for: K's go far beyond four bits with their middles."""
+    """Integers of INT4, whatever they would stand for: K's and V's go far beyond four bits with their middles."""
 
     def __init__(self, block=(64, 64), dim=64, tokens=(150, 97), heads=3, keep=0.6):
         generator = torch.Generator().manual_seed(1)
@@ -64,7 +76,8 @@ class Integers:
         self.q = integers(-8, 7, rows * block[0], self.d_pad)
         self.rest = integers(-8, 7, columns, block[1], self.d_pad)
         self.middle = integers(-119, 119, columns, block[1] // 32, self.d_pad)
-        self.v = integers(-8, 7, columns, block[1], self.d_pad)
+        self.v_rest = integers(-8, 7, columns, block[1], self.d_pad)
+        self.v_middle = integers(-119, 119, columns, block[1] // 16, self.d_pad)
         self.q_scale = torch.rand(2, heads, rows * block[0], generator=generator) * 1e-3 + 1e-4
         self.k_scale = torch.rand(2, heads, columns, generator=generator) + 0.5
         self.v_scale = torch.rand(2, heads, self.d_pad, generator=generator) + 0.1
@@ -80,11 +93,16 @@ class Integers:
     def operands(self) -> prepare.Operands:
         low = (self.middle + 8) % 16 - 8
         halves = torch.stack([low, (self.middle - low) // 16], -2).flatten(-3, -2)
-        values = renamed(renamed(self.v).mT)
+        values = packed(renamed_keys(renamed(self.v_rest).mT))
+        values = torch.cat([values, in_words(renamed(self.v_middle).mT)], -1)
         return prepare.Operands(
-            packed(self.q), packed(torch.cat([self.rest, halves], -2)), packed(values),
+            packed(self.q), packed(torch.cat([self.rest, halves], -2)), values,
             self.q_scale, self.k_scale, self.v_scale, None, self.shift,
         )  # fmt: skip
+
+    @property
+    def v(self) -> Tensor:
+        return self.v_rest + self.v_middle.repeat_interleave(16, -2)
 
     def run(self, dtype: torch.dtype, **changes: Any) -> tuple[Tensor, Tensor]:
         out, lse = sparse.attend(
@@ -147,11 +165,12 @@ def test_the_kernel_computes_the_reference_on_the_same_integers(on_a_cpu, block,
 
 @emulated
 @pytest.mark.parametrize(("block", "dim"), [((64, 64), 64), ((128, 128), 128)], ids=str)
-def test_p_is_rounded_and_dithered_as_the_reference_says(on_a_cpu, block, dim):
+def test_p_is_rounded_and_its_errors_are_carried_on_as_the_reference_says(on_a_cpu, block, dim):
     """One key block for each row and values that pick one key each: the output is p̂ times what its sum makes of it."""
     case = Integers(block, dim, (block[1], block[1] - 3), heads=2, keep=1.0)
     case.mask = BlockMask.from_dense(torch.ones(2, 1, 1, dtype=torch.bool), block)
-    case.v = torch.eye(dim, dtype=torch.int32).expand_as(case.v).clone()
+    case.v_rest = torch.eye(dim, dtype=torch.int32).expand_as(case.v_rest).clone()
+    case.v_middle = torch.zeros_like(case.v_middle)
     case.v_scale = torch.ones_like(case.v_scale)
     out, _ = case.run(torch.float32)
     out = out.transpose(1, 2).gather(2, case.table[case.order].long()[None, :, :, None].expand(2, -1, -1, dim))
@@ -200,7 +219,9 @@ def test_packed_operands_hold_the_same_integers(monkeypatch):
     case = Case(block=block, dim=dim, grid=Grid(3, 5, 7))
     for head, order in enumerate(case.order.tolist()):  # runs of keys that lie apart
         run = torch.arange(case.tokens, device=DEVICE) // 32
-        case.k[:, case.table[order].long(), head] += 9 * torch.sin(run[:, None] * torch.arange(dim, device=DEVICE))
+        apart = 9 * torch.sin(run[:, None] * torch.arange(dim, device=DEVICE))
+        case.k[:, case.table[order].long(), head] += apart
+        case.v[:, case.table[order].long(), head] += apart
     settings: dict[str, Any] = {"table": case.table, "order": case.order, "valid": case.valid, "block": block}
     settings |= {"precision": INT4, "softmax_scale": 0.3, "with_shift": True}
     find, found = prepare.feedback_of, []
@@ -216,7 +237,12 @@ def test_packed_operands_hold_the_same_integers(monkeypatch):
     assert torch.equal((rest + middle).flatten(2, 3) * real[:, None, :, None], plain.k.int())
     assert not rest.flatten(2, 3)[~real[:, None].expand(-1, 3, -1)].any()
     assert middle.abs().max() > 7 and rest.min() == -8 and k.shape[-2] == keys + keys // 16
-    v = renamed(renamed(unpacked(tight.v)).mT).mT  # (B, H, key blocks, D', keys)
+    stored, words = renamed(tight.v.mT).mT.split([keys // 2, 16], -1)
+    back = renamed_keys(torch.arange(32, device=DEVICE)).argsort()
+    v = unpacked(stored).unflatten(-1, (-1, 32))[..., back].flatten(-2)  # (B, H, key blocks, D', keys)
+    v_middle = words.int().unflatten(-1, (-1, 2, 2))[..., : keys // 32, 0, :].flatten(-2)
+    assert torch.equal(in_words(v_middle), words) and v_middle.abs().max() > 7 and v.min() == -8
+    v = v + v_middle.repeat_interleave(16, -1)
     places = [16 * h + 8 * g + 2 * t + i for h in range(2) for t in range(4) for g in range(2) for i in range(2)]
     as_int8 = v.unflatten(-1, (-1, 32))[..., places].flatten(-2)
     assert torch.equal(as_int8.transpose(2, 3).flatten(3), plain.v.int())
@@ -257,8 +283,9 @@ def test_the_kernel_is_the_reference_s_on_a_gpu(block, dim):
 def test_the_gpu_s_integers_are_the_reference_s(block, dim):
     case = Integers(block, dim, (300, 261))
     expected, expected_lse = case.expected()
-    for name in ("q", "rest", "middle", "v", "q_scale", "k_scale", "v_scale", "shift", "order", "table", "valid"):
-        setattr(case, name, getattr(case, name).cuda())
+    for name, value in vars(case).items():
+        if isinstance(value, Tensor):
+            setattr(case, name, value.cuda())
     case.mask = case.mask.to("cuda")
     out, lse = (x.cpu() for x in case.run(torch.float32))
     empty = expected_lse.isinf()
@@ -288,8 +315,8 @@ def test_the_kernel_compiles_to_products_of_four_bits_without_spills_and_to_less
         programs = tiles.WARPS[row["head_dim"], int(row["block"].split("x")[1])].programs
         assert row["spilled_bytes"] == 0 and row["registers"] * row["num_warps"] * 32 * programs <= 65536, about
         assert (row["shared_bytes"] + 1024) * programs <= 100 * 1024, about
-        assert row["matrix"] == ["IMMA.16864.S4.S4", "IMMA.16864.U4.S4"], about
-        assert instructions(row) < 0.9 * int8[tuple(about.values())], about
+        assert row["matrix"] == ["IMMA.16816.U8.S8", "IMMA.16864.S4.S4", "IMMA.16864.U4.S4"], about
+        assert instructions(row) < int8[tuple(about.values())], about
         assert row["shfl"] <= 2 * 12, about  # middles to their columns, and row maxima, in two loop bodies
 
 

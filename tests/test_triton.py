@@ -347,6 +347,14 @@ def four_bits_are_the_reference_s(case: Case, block: tuple[int, int], dim: int) 
     assert got.v_start is None
 
 
+def test_the_scale_of_a_channel_far_from_0_is_that_of_its_middles():
+    case = Case(grid=Grid(4, 4, 10))
+    case.v[..., 5] += 200
+    expected = four_bits.round_values(case.kernel_order(case.v))[1]
+    assert (expected[..., 5] > 200 / 120).all() and (expected[..., :5] < 1).all()
+    torch.testing.assert_close(case.prepared("int4").v_scale[:, :, None], expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("precision", ["int4", "int4/int8", "int8/int4", "int4/fp16"])
 def test_int4_attention_is_the_reference_s(precision):
     dtype = torch.float16 if precision.endswith("fp16") else torch.float32

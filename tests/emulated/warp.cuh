@@ -111,6 +111,17 @@ inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const 
     }
 }
 
+inline void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], Word b) {
+    auto given = exchange({a[0], a[1], b});
+    for (int i = 0; i < 4; i++) {
+        sum[i] = start[i];
+        for (int t = 0; t < 4; t++)
+            for (int place = 0; place < 32; place += 8)
+                sum[i] += (int)(given[lane() / 4 * 4 + t][i / 2] >> place & 255) *
+                          (signed char)(given[4 * (lane() % 4 * 2 + i % 2) + t][2] >> place);
+    }
+}
+
 inline double from_half(Word bits) {
     int exponent = bits >> 10 & 31, fraction = bits & 1023;
     double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
@@ -220,6 +231,10 @@ inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const 
 }
 inline void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
     emulated::multiply(sum, start, a, b, false);
+}
+
+inline void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], Word b) {
+    emulated::multiply_bytes(sum, start, a, b);
 }
 
 inline void load_matrices(Word (&parts)[4], const char* row) {

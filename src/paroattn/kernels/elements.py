@@ -74,59 +74,108 @@ def _nearest_four_bits(x):
 
 
 @triton.jit
-def _carried_token(
-    error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n, D: tl.constexpr,
-):  # fmt: skip
-    """Four bits for tokens n, one of every run, with a share of the error of those before them; and their own error."""
+def _tokens(x_ptr, row_ptr, stride_n, stride_d, limit, n, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Tokens n of a head, (tokens, D_PAD) in float32; 0 from the limit on."""
     real = n < limit
     position = tl.load(row_ptr + n, mask=real, other=0)
-    x = _gather(x_ptr, stride_n, stride_d, position, real, D, 64).to(tl.float32)
-    wanted = x * inverse[None, :] + carry * error
-    rounded = _nearest_four_bits(wanted)
-    return _round(rounded).to(tl.int8), wanted - rounded
+    return _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD).to(tl.float32)
+
+
+@triton.jit
+def _extremes(
+    x_ptr, row_ptr, stride_n, stride_d, limit, n, RUN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Smallest and largest of the RUN tokens from each of n on."""
+    lowest = _tokens(x_ptr, row_ptr, stride_n, stride_d, limit, n, D, D_PAD)
+    highest = lowest
+    for i in range(1, RUN):
+        x = _tokens(x_ptr, row_ptr, stride_n, stride_d, limit, n + i, D, D_PAD)
+        lowest, highest = tl.minimum(lowest, x), tl.maximum(highest, x)
+    return lowest, highest
+
+
+@triton.jit
+def _carried_token(
+    total, fourth, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n, D: tl.constexpr,
+):  # fmt: skip
+    """Four bits for tokens n, one of every run, that make up for shares of errors; all errors so far, and theirs."""
+    target = _tokens(x_ptr, row_ptr, stride_n, stride_d, limit, n, D, 64) * inverse[None, :] - middle
+    rounded = _nearest_four_bits(target - carry * total - from_fourth * fourth)
+    error = rounded - target
+    return _round(rounded).to(tl.int8), total + error, error
 
 
 @triton.jit
 def _four_carried_tokens(
-    error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n, D: tl.constexpr,
+    total, e, f, g, h, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n,
+    D: tl.constexpr,
 ):  # fmt: skip
-    """Four tokens one after the other, (runs, 64, 2, 2) with the lowest bit first."""
-    a, error = _carried_token(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n, D)
-    b, error = _carried_token(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 1, D)
-    c, error = _carried_token(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 2, D)
-    d, error = _carried_token(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 3, D)
-    return tl.join(tl.join(a, b), tl.join(c, d)), error
+    """Four tokens one after the other, (runs, 64, 2, 2) with the lowest bit first; the four before err e, f, g, h."""
+    a, total, e = _carried_token(
+        total, e, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n, D
+    )
+    b, total, f = _carried_token(
+        total, f, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n + 1, D
+    )
+    c, total, g = _carried_token(
+        total, g, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n + 2, D
+    )
+    d, total, h = _carried_token(
+        total, h, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n + 3, D
+    )
+    return tl.join(tl.join(a, b), tl.join(c, d)), total, e, f, g, h
 
 
 @triton.jit
 def _carried_runs(
-    x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, first, D: tl.constexpr, TOKENS: tl.constexpr,
+    x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, first, D: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Runs of 16 tokens in four bits, int8, token 8 g + 4 t₁ + 2 t₀ + i at (run, channel, i, t₀, t₁, g).
+    """Runs of 16 tokens in four bits, int8, token 8 g + 4 t₁ + 2 t₀ + i at (run, channel, i, t₀, t₁, g), and middles.
 
     See `four_bits.round_values`.
     """
     n = first + tl.arange(0, TOKENS // 16) * 16
-    error = tl.zeros([TOKENS // 16, 64], tl.float32)
-    a, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n, D)
-    b, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 4, D)
-    c, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 8, D)
-    d, error = _four_carried_tokens(error, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, n + 12, D)
-    return tl.join(tl.join(a, b), tl.join(c, d))
+    lowest, highest = _extremes(x_ptr, row_ptr, stride_n, stride_d, limit, n, 16, D, 64)
+    middle = _nearest((lowest + highest) * 0.5 * inverse[None, :])
+    total = tl.zeros([TOKENS // 16, 64], tl.float32)
+    a, total, e, f, g, h = _four_carried_tokens(
+        total, total, total, total, total, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth,
+        limit, n, D,
+    )  # fmt: skip
+    b, total, e, f, g, h = _four_carried_tokens(
+        total, e, f, g, h, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n + 4, D
+    )
+    c, total, e, f, g, h = _four_carried_tokens(
+        total, e, f, g, h, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n + 8, D
+    )
+    d, total, e, f, g, h = _four_carried_tokens(
+        total, e, f, g, h, middle, x_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, n + 12, D
+    )
+    return tl.join(tl.join(a, b), tl.join(c, d)), _round(middle).to(tl.int8)
 
 
 @triton.jit
-def _transposed_runs(runs, TOKENS: tl.constexpr):
-    """(64, TOKENS) int8, tokens renamed as for INT8."""
+def _transposed_runs(runs, middle, TOKENS: tl.constexpr):
+    """(64, TOKENS) int8 with their middles, tokens renamed as for INT8."""
+    runs += tl.reshape(middle, [TOKENS // 16, 64, 1, 1, 1, 1])
     return tl.reshape(tl.permute(runs, (1, 0, 4, 3, 5, 2)), [64, TOKENS])
 
 
 @triton.jit
 def _packed_runs(runs, TOKENS: tl.constexpr):
-    """(64, TOKENS / 2) bytes of two tokens each, token 32 h + 8 g + 2 t + i at 32 h + 8 t + 2 g + i."""
-    pairs = tl.reshape(runs, [TOKENS // 32, 2, 64, 2, 2, 2, 2])  # h, g₁, channel, i, t₀, t₁, g₀
-    pairs = tl.reshape(tl.permute(pairs, (2, 0, 5, 4, 1, 6, 3)), [64, TOKENS // 2, 2])
+    """(64, TOKENS / 2) bytes of two tokens each, token 32 h + 16 s + 8 g + 2 t + i at 32 h + 8 t + 4 g + 2 i + s."""
+    pairs = tl.reshape(runs, [TOKENS // 32, 2, 64, 2, 2, 2, 2])  # h, s, channel, i, t₀, t₁, g
+    pairs = tl.reshape(tl.permute(pairs, (2, 0, 5, 4, 6, 3, 1)), [64, TOKENS // 2, 2])
     return _two_in_a_byte(pairs)
+
+
+@triton.jit
+def _packed_middles(middle, TOKENS: tl.constexpr):
+    """(64, TOKENS / 32) words, of two runs each in the lower two bytes."""
+    pairs = tl.permute(tl.reshape(middle.to(tl.int32), [TOKENS // 32, 2, 64]), (2, 0, 1))
+    first, second = tl.split(pairs)
+    return (first & 255) | ((second & 255) << 8)
 
 
 @triton.jit

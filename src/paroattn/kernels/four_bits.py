@@ -5,12 +5,15 @@
           what they err, the targets of all others make up for, as W = L D Lᵀ by blocks says.
     K     is the middle of every 32 tokens, in whole steps of the block's scale, plus four bits for the rest. The
           product with a middle is one integer for 32 keys, and the middle itself is 16 · four bits + four bits.
-    V     Neighbours have similar weights, so each token takes over a share of the error of the one before it.
-    P     What is below half a step would be lost, always in the same places. P is rounded to 8 bits, 0…240, an
-          ordered dither 0…15 is added, and the lower four bits are dropped: neighbours keep what they have alike.
+    V     is likewise the middle of every 16 tokens plus four bits. Neighbours have similar weights, so each token takes
+          over a quarter of all errors before it in its 16, and a fifth of the one four before it: in a tile, that is
+          the frame before.
+    P     What is below half a step would be lost, always in the same places. P is rounded to 8 bits, 0…240, and added
+          up over every 16th key of 64. What the upper four bits of the sum grow by is stored, so that each key takes
+          over what is left of the last. The 16 sums of a row start at 0…15, and neighbouring rows' otherwise: on
+          average over places nothing is lost.
 
-Scales of Q and K end short of the largest value: what is cut off is an error like any other. V's do not, since a
-channel that hardly varies would lose all its values alike.
+Scales end short of the largest value: what is cut off is an error like any other.
 """
 
 import math
@@ -28,17 +31,19 @@ SAMPLE_OF_EVERY = 16
 """One token in so many is looked at for `feedback`."""
 DAMPING = 0.1
 RUN = 16
-"""Tokens over which an error of V is carried on."""
-CARRY = 0.6
+"""Tokens of V that share a middle, and over which errors are carried on."""
+CARRY = 0.25
+"""Share of the errors of all earlier tokens of a run."""
+CARRY_FROM_FOURTH = 0.2
+"""Share, beyond that, of the error of the token four before."""
+SPAN, CHAINS = 64, 16
+"""Keys over which P's errors are carried on, from each to the 16th after it."""
 TOKENS_PER_MIDDLE = 32
+"""Of K."""
 LARGEST_MIDDLE = 119
 """16 · 7 + 7."""
-REACH = {"q": 0.95, "k": 0.9, "v": 1.0}
+REACH = {"q": 0.95, "k": 0.9, "v": 0.8}
 """Which share of the largest value is the highest of the four bits."""
-
-DITHER = ((0, 8, 2, 10), (12, 4, 14, 6), (3, 11, 1, 9), (15, 7, 13, 5))
-"""Bayer's matrix: its row by the last two bits of the query's place in its block, its column by bits 3 and 0 of the
-key's."""
 
 
 def feedback(samples: Tensor) -> Tensor:
@@ -96,24 +101,33 @@ def round_keys(
     return middle + round_channels(k / scale - middle, feedback), scale
 
 
-def round_values(v: Tensor, carry: float = CARRY) -> tuple[Tensor, Tensor]:
-    """Integers of values (…, N, D), and a scale for each channel, (…, 1, D)."""
-    scale = (v.abs().amax(-2, keepdim=True) * (REACH["v"] / HIGHEST)).clamp_min(SMALLEST_SCALE)
-    runs = _in_runs(v / scale, RUN)
-    stored, error = torch.empty_like(runs), torch.zeros_like(runs[..., 0, :])
+def round_values(
+    v: Tensor, carry: float = CARRY, from_fourth: float = CARRY_FROM_FOURTH, per_middle: int = RUN
+) -> tuple[Tensor, Tensor]:
+    """Integers of values (…, N, D), middles included, and a scale for each channel, (…, 1, D)."""
+    runs = _in_runs(v, per_middle)
+    middle = (runs.amax(-2, keepdim=True) + runs.amin(-2, keepdim=True)) / 2
+    rest, largest = (runs - middle).abs().amax((-3, -2)), middle.abs().amax((-3, -2))
+    scale = torch.maximum(rest * (REACH["v"] / HIGHEST), largest / LARGEST_MIDDLE).clamp_min(SMALLEST_SCALE)
+    scale = scale[..., None, :]
+    middle = (middle / scale[..., None, :]).round().expand_as(runs).flatten(-3, -2)[..., : v.shape[-2], :]
+    targets = _in_runs(v / scale - middle, RUN)
+    stored, errors = torch.empty_like(targets), torch.zeros_like(targets)
     for n in range(RUN):
-        wanted = runs[..., n, :] + carry * error
-        stored[..., n, :] = wanted.round().clamp(LOWEST, HIGHEST)
-        error = wanted - stored[..., n, :]
-    return stored.flatten(-3, -2)[..., : v.shape[-2], :], scale
+        taken_over = carry * errors[..., :n, :].sum(-2) + from_fourth * errors[..., n - 4, :]  # 0 before the fifth
+        stored[..., n, :] = (targets[..., n, :] - taken_over).round().clamp(LOWEST, HIGHEST)
+        errors[..., n, :] = stored[..., n, :] - targets[..., n, :]
+    return stored.flatten(-3, -2)[..., : v.shape[-2], :] + middle, scale
 
 
 def round_weights(p: Tensor, rows: int) -> Tensor:
     """Integers 0…15 for weights (…, N, key blocks, keys of a block) of at most 15, in query blocks of so many rows."""
-    dither = torch.tensor(DITHER, dtype=p.dtype, device=p.device)
-    row = torch.arange(p.shape[-3], device=p.device)[:, None, None] % rows % 4
-    key = torch.arange(p.shape[-1], device=p.device)
-    return ((p * 16).round() + dither[row, key % 2 + key // 8 % 2 * 2]).div(16, rounding_mode="floor")
+    steps = _in_runs((p * 16).round()[..., None], SPAN).squeeze(-1).unflatten(-1, (-1, CHAINS))
+    row = torch.arange(p.shape[-3], device=p.device)[:, None, None, None, None] % rows
+    start = (3 * row + 9 * torch.arange(CHAINS, device=p.device)) % 16
+    sums = (steps.cumsum(-2) + start).div_(16, rounding_mode="floor")
+    sums[..., 1:, :] -= sums[..., :-1, :].clone()
+    return sums.flatten(-3)[..., : p.shape[-1]]
 
 
 def _half(x: Tensor) -> Tensor:

@@ -45,18 +45,54 @@ _ROUND_TO_INT8: gl.constexpr = gl.constexpr("""{
     prmt.b32 $0, low, high, 0x6420;
 }""")
 """Four p times their row's unit: 1152 + p in half precision has p − 128 for its low byte."""
-_ROUND_TO_INT4: gl.constexpr = gl.constexpr("""{
-    .reg .b32 low, high, unit, four;
-    cvt.rn.f16x2.f32 low, $2, $1;
-    cvt.rn.f16x2.f32 high, $4, $3;
-    cvt.rn.f16x2.f32 unit, $5, $5;
-    fma.rn.f16x2 low, low, unit, $9;
-    fma.rn.f16x2 high, high, unit, $13;
-    prmt.b32 four, low, high, 0x6420;
-    shr.u32 four, four, 4;
-    and.b32 $0, four, 0x0f0f0f0f;
+
+
+def _chains_to_int4() -> str:
+    """Assembly that rounds 64 keys of two rows, of which a thread has 32 numbers, each with its row's unit and starts.
+
+    Sums of every 16th key start at 1024 to 1039 in half precision. Their low bytes hold the sum modulo 16 and what is
+    left; with the latter all ones, differences between steps lose nothing to the byte beside them but some of these.
+    """
+    lines = [f".reg .b32 low, high, unit, {', '.join(f's{x}, d{x}' for x in range(8))};"]
+    for row in range(2):
+        lines += [f"cvt.rn.f16x2.f32 unit, ${40 + 4 * row}, ${40 + 4 * row};", *_chains_of_a_row(row)]
+    return "\n".join(["{", *lines, *(f"mov.b32 ${x}, d{x};" for x in range(8)), "}"])
+
+
+def _chains_of_a_row(row: int) -> list[str]:
+    lines = [f"mov.b32 low, ${72 + 4 * row};", "xor.b32 high, low, 0x00080008;"]
+    for x in range(row, 8, 2):
+        for i, half in enumerate(("low", "high")):
+            first = 8 + 4 * x + 2 * i
+            lines += [
+                f"cvt.rn.f16x2.f32 d{x}, ${first + 1}, ${first};",
+                f"fma.rn.f16x2 {half}, d{x}, unit, {half};",
+            ]
+        lines += [f"prmt.b32 s{x}, low, high, 0x6420;", f"or.b32 s{x}, s{x}, 0x0f0f0f0f;"]
+        if x < 2:
+            lines += [f"mov.b32 d{x}, s{x};"]
+        else:
+            lines += [f"sub.u32 d{x}, s{x}, s{x - 2};", f"add.u32 d{x}, d{x}, 0x0f0f0f0f;"]
+        lines += [f"shr.u32 d{x}, d{x}, 4;", f"and.b32 d{x}, d{x}, 0x0f0f0f0f;"]
+    return lines
+
+
+_ROUND_TO_INT4: gl.constexpr = gl.constexpr(_chains_to_int4())
+_ROUND_TO_INT4_USES: gl.constexpr = gl.constexpr(",".join(["=r"] * 8 + ["f"] * 64 + ["r"] * 32))
+_STARTS: gl.constexpr = gl.constexpr("""{
+    .reg .b32 lane, first, second;
+    mov.u32 lane, %laneid;
+    and.b32 lane, lane, 3;
+    mad.lo.u32 first, $1, 3, lane;
+    add.u32 first, first, lane;
+    add.u32 second, first, 9;
+    and.b32 first, first, 15;
+    and.b32 second, second, 15;
+    shl.b32 second, second, 16;
+    or.b32 first, first, second;
+    add.u32 $0, first, 0x64006400;
 }""")
-"""The same in 1024 plus dither: the upper half of the low byte is what is left of p."""
+"""A row's starts of a thread's first two chains of four: each thread of a row has others."""
 _SUM_OF_FOUR: gl.constexpr = gl.constexpr("""
     dp4a.s32.s32 $0, $4, 0x01010101, 0;
     mov.b32 $1, 0;
@@ -102,16 +138,11 @@ def _rounded(p, unit, PV: gl.constexpr, LAYOUT: gl.constexpr):
         unit = gl.convert_layout(unit, gl.SliceLayout(1, LAYOUT))
         unit, p = gl.broadcast(unit[:, None], p)
     if PV == "int4":
-        low, high = _dither(False, LAYOUT), _dither(True, LAYOUT)
-        low, p = gl.broadcast(low[:, None], p)
-        high, p = gl.broadcast(high[:, None], p)
+        rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+        starts = gl.inline_asm_elementwise(_STARTS, "=r,r", [rows], dtype=gl.int32, is_pure=True, pack=1)
+        starts, p = gl.broadcast(starts[:, None], p)
         return gl.inline_asm_elementwise(
-            _ROUND_TO_INT4,
-            "=r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r",
-            [p, unit, low, high],
-            dtype=gl.int8,
-            is_pure=True,
-            pack=4,
+            _ROUND_TO_INT4, _ROUND_TO_INT4_USES, [p, unit, starts], dtype=gl.int8, is_pure=True, pack=32
         )
     elif PV == "int8":
         return gl.inline_asm_elementwise(
@@ -119,15 +150,6 @@ def _rounded(p, unit, PV: gl.constexpr, LAYOUT: gl.constexpr):
         )
     else:
         return _renamed(p.to(gl.float8e4nv), LAYOUT)
-
-
-@gluon.jit
-def _dither(ODD: gl.constexpr, LAYOUT: gl.constexpr):
-    """Two keys' 1024 plus 0…15, a row's, in half precision, of columns 0 and 1 or 8 and 9; see `four_bits.DITHER`."""
-    y = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) & 3
-    x = y ^ (2 if ODD else 0)
-    first = ((x & 1) << 3) | ((y & 1) << 2) | (x & 2) | (y >> 1)
-    return (first | ((first ^ 8) << 16)) + 0x64006400
 
 
 @gluon.jit

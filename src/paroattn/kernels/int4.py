@@ -27,7 +27,7 @@ def macros(channels: int, d_pad: int, block: tuple[int, int], warps: Warps, dtyp
 def shared_bytes(opened: dict[str, int]) -> int:
     """Shared memory of a program: its ring of key blocks."""
     keys, channels = opened["KEYS"], opened["D_PAD"]
-    return opened["STAGES"] * ((keys + keys // 16) * channels // 2 + channels * keys // 2)
+    return opened["STAGES"] * ((keys + keys // 16) * channels // 2 + channels * (keys // 2 + 16))
 
 
 def launch(operands: Operands, warps: Warps, block: tuple[int, int], programs: int, **arguments: Any) -> None:

@@ -4,7 +4,7 @@
     Q: x R → int8, one scale per token, times softmax_scale · log2 e                 R: Hadamard rotation
     K: (x − k̄) R → int8, one scale per key block
     V: x → int8 or fp8, one scale per channel, stored transposed, its tokens renamed inside each group of 32
-    INT4: the integers of `four_bits`, packed or as bytes, which hold K's with their middles and of text those of INT8
+    INT4: the integers of `four_bits`, packed or as bytes, which hold K's and V's with their middles, and of text INT8's
 
 (x − k̄) R is computed as x R − k̄ R: 16-bit x and the signs of R are exact, so the product runs on matrix units.
 
@@ -18,8 +18,9 @@ and row n of every 8-bit operand with its 16-byte pieces p at p ⊕ (n mod 8), o
 
 Packed, two numbers share a byte, the first in its lower half: q (B, H, tokens, D' / 2); k (B, H, key blocks,
 tokens of a block + a 16th, D' / 2), where the lower and the upper four bits of each middle follow what is left of the
-tokens; v (B, H, key blocks, D', tokens of a block / 2). V's tokens and channels are renamed inside each group of 32:
-position 32 h + 8 t + 2 g + i of a token, and position 32 h + 8 g + 2 t + i of a channel, hold the other.
+tokens; v (B, H, key blocks, D', tokens of a block / 2 + 16), where words follow that hold the middles of two runs in
+their lower bytes. V's tokens and channels are renamed inside each group of 32: token 32 h + 16 s + 8 g + 2 t + i is at
+32 h + 8 t + 4 g + 2 i + s, and channel 32 h + 8 t + 2 g + i at 32 h + 8 g + 2 t + i.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,16 @@ from torch import Tensor
 
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from . import four_bits
-from .elements import _carried_runs, _gather, _packed_runs, _piece, _rotated, _round, _transposed_runs
+from .elements import (
+    _carried_runs,
+    _gather,
+    _packed_middles,
+    _packed_runs,
+    _piece,
+    _rotated,
+    _round,
+    _transposed_runs,
+)
 from .feedback import feedback_of
 from .four_bit_rows import _four_bit_rows_kernel
 from .reference import MEAN_OF_EVERY
@@ -160,7 +170,7 @@ def _rows_kernel(
 def _values_kernel(
     v_ptr, table_ptr, order_ptr, valid_ptr, v_scale_ptr, out_ptr, start_ptr,
     stride_b, stride_n, stride_h, stride_d,
-    N, H, carry,
+    N, H, carry, from_fourth,
     STORED: tl.constexpr, PACKED: tl.constexpr, SWIZZLED: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -182,15 +192,20 @@ def _values_kernel(
     else:
         out = out_ptr + (bh * D_PAD + d)[:, None] * tokens + (block * TOKENS + place)[None, :]
     if STORED == "int4":
-        runs = _carried_runs(
-            v_ptr, row_ptr, stride_n, stride_d, inverse, carry, limit, block * TOKENS, D - first, TOKENS
+        runs, middle = _carried_runs(
+            v_ptr, row_ptr, stride_n, stride_d, inverse, carry, from_fourth, limit, block * TOKENS, D - first, TOKENS
         )
         if PACKED:
             row = (d & ~30) | ((d & 24) >> 2) | ((d & 6) << 2)  # 32 h + 8 t + 2 g + i → 32 h + 8 g + 2 t + i
-            out = out_ptr + ((bh * blocks + block) * D_PAD + row)[:, None] * (TOKENS // 2)
+            out = out_ptr + ((bh * blocks + block) * D_PAD + row)[:, None] * (TOKENS // 2 + 16)
             tl.store(out + tl.arange(0, TOKENS // 2)[None, :], _packed_runs(runs, TOKENS))
+            words = (out + TOKENS // 2).to(tl.pointer_type(tl.int32)) + tl.arange(0, TOKENS // 32)[None, :]
+            middles = _packed_middles(middle, TOKENS)
+            tl.store(words, middles)
+            if TOKENS == 64:
+                tl.store(words + 2, tl.zeros_like(middles))
         else:
-            tl.store(out, _transposed_runs(runs, TOKENS))
+            tl.store(out, _transposed_runs(runs, middle, TOKENS))
     else:
         token = (place & ~14) | ((place & 2) << 2) | ((place & 12) >> 1)  # 16 h + 4 t + 2 g + i → 16 h + 8 g + 2 t + i
         n = block * TOKENS + token
@@ -258,6 +273,7 @@ def prepare(
         chunks = {"K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks}
         _sum_kernel[(k_chunks + v_chunks, batch * heads)](
             k, v, sums_ptr=sums, largest_ptr=largest, **tokens_args, **_strides(k, "k_"), **_strides(v, "v_"), **chunks,
+            share=FOUR_BITS_TOP["v"] / four_bits.LARGEST_MIDDLE, RUN=four_bits.RUN if precision.pv == "int4" else 1,
             EVERY=MEAN_OF_EVERY, **sizes, TOKENS=TOKENS_PER_SUM, STEP=TOKENS_AT_ONCE, num_warps=WARPS_PER_SUM,
         )  # fmt: skip
         _finish_kernel[(batch * heads,)](
@@ -324,13 +340,14 @@ def prepare(
     if not scaled:
         v_ = gathered(v, key_blocks, block[1], precision.pv, False)
         return Operands(q_, k_, v_, q_scale, k_scale, None, None, shift)
-    v_blocks = (key_blocks, d_pad, block[1] // 2 if packed else block[1])
+    v_blocks = (key_blocks, d_pad, block[1] // 2 + 16 if packed else block[1])
     v_shape = v_blocks if packed or swizzled else (d_pad, key_blocks * block[1])
     v_ = empty(*v_shape, dtype=STORED[precision.pv])
     v_start = empty(key_blocks, d_pad, dtype=torch.int32) if precision.pv == "int8" else None
     _values_kernel[(key_blocks * d_pad // 64, batch * heads)](
         v, v_scale_ptr=v_scale, out_ptr=v_, start_ptr=v_start, **tokens_args, **_strides(v),
-        carry=four_bits.CARRY, STORED=precision.pv, PACKED=packed, SWIZZLED=swizzled, **sizes, TOKENS=block[1],
+        carry=four_bits.CARRY, from_fourth=four_bits.CARRY_FROM_FOURTH,
+        STORED=precision.pv, PACKED=packed, SWIZZLED=swizzled, **sizes, TOKENS=block[1],
     )  # fmt: skip
     return Operands(q_, k_, v_, q_scale, k_scale, v_scale, v_start, shift)
 

@@ -31,6 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import BlockMask
 from ..precision import Precision
+from .elements import _round
 from .prepare import LOG2_E, Operands, _signs, prepare
 from .tiles import (
     ALONE,
@@ -70,11 +71,26 @@ def _rename(p, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _dither(ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """12582912 plus what `four_bits.DITHER` has for row and key."""
-    key, y = tl.arange(0, KEYS)[None, :], tl.arange(0, ROWS)[:, None] & 3
-    x = y ^ ((key & 1) | ((key >> 2) & 2))
-    return (((x & 1) << 3) | ((y & 1) << 2) | (x & 2) | (y >> 1) | 0x4B400000).to(tl.float32, bitcast=True)
+def _by_step(p, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """The four steps of all chains, (ROWS, KEYS / 64, 16) each; see `four_bits.round_weights`."""
+    p = tl.permute(tl.reshape(p, [ROWS, KEYS // 64, 2, 2, 16]), (0, 1, 4, 2, 3))
+    even, odd = tl.split(p)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _carried_on(p, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """0…240 as int32 → 0…15, each taking over what is left of the 16th key before it."""
+    a, b, c, d = _by_step(p, ROWS, KEYS)
+    a += (tl.arange(0, ROWS)[:, None, None] * 3 + tl.arange(0, 16)[None, None, :] * 9) & 15
+    b += a
+    c += b
+    d += c
+    even = tl.join(a >> 4, (c >> 4) - (b >> 4))
+    odd = tl.join((b >> 4) - (a >> 4), (d >> 4) - (c >> 4))
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2)), [ROWS, KEYS])
 
 
 @triton.jit
@@ -114,8 +130,7 @@ def _key_block(
     p = _exp2(tl.fma(s, scale[:, None], origin[:, None]), ON_GPU)
     old_share = _exp2(m - new, ON_GPU)
     if PV == "int4":
-        bits = tl.fma(p, unit[:, None], _dither(ROWS, KEYS)).to(tl.int32, bitcast=True)
-        p = (bits >> 4) & 15
+        p = _carried_on(_round(p * unit[:, None]), ROWS, KEYS)
         added = tl.sum(p, 1).to(tl.float32)
         p = _rename(p.to(tl.int8), ROWS, KEYS)
     elif PV == "int8":

@@ -144,7 +144,7 @@ WARPS = {
     (128, 128): Warps(64, 2, 2),
     (128, 64): Warps(64, 2, 2),
     (64, 128): Warps(64, 2, 3),
-    (64, 64): Warps(64, 2, 4),
+    (64, 64): Warps(64, 2, 3),
 }
 FOUR_BIT_ROWS = {
     # (from capability, whether of K, D'): (9, 0) were fastest on an H200, also that with spills; others have none

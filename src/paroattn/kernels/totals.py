@@ -1,4 +1,4 @@
-"""What must be known of a whole head before its tokens are rounded: K's mean and the largest values of V.
+"""What must be known of a whole head before its tokens are rounded: K's mean, and how far V goes.
 
 One pass over V and over every few tokens of K adds up chunks, a second brings the chunks of each head together.
 """
@@ -6,7 +6,7 @@ One pass over V and over every few tokens of K adds up chunks, a second brings t
 import triton
 import triton.language as tl
 
-from .elements import _gather
+from .elements import _extremes, _tokens
 
 
 @triton.jit
@@ -18,10 +18,7 @@ def _chunk(
     """Sum, or largest magnitude, of every EVERY-th token of a chunk."""
     found = tl.zeros([STEP, D_PAD], tl.float32)
     for first in range(start, start + TOKENS, STEP):
-        n = (first + tl.arange(0, STEP)) * EVERY
-        real = n < limit
-        position = tl.load(row_ptr + n, mask=real, other=0)
-        x = _gather(x_ptr, stride_n, stride_d, position, real, D, D_PAD).to(tl.float32)
+        x = _tokens(x_ptr, row_ptr, stride_n, stride_d, limit, (first + tl.arange(0, STEP)) * EVERY, D, D_PAD)
         if LARGEST:
             found = tl.maximum(found, tl.abs(x))
         else:
@@ -30,14 +27,27 @@ def _chunk(
 
 
 @triton.jit
+def _chunk_of_runs(
+    x_ptr, row_ptr, out_ptr, stride_n, stride_d, start, limit, share,
+    RUN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """How far the tokens of a chunk's runs go from their middles, or a share of the largest middle if that is more."""
+    n = start + tl.arange(0, TOKENS // RUN) * RUN
+    lowest, highest = _extremes(x_ptr, row_ptr, stride_n, stride_d, limit, n, RUN, D, D_PAD)
+    found = tl.maximum(highest - lowest, tl.abs(highest + lowest) * share) * 0.5
+    tl.store(out_ptr + tl.arange(0, D_PAD), tl.max(found, 0))
+
+
+@triton.jit
 def _sum_kernel(
     k_ptr, v_ptr, table_ptr, order_ptr, valid_ptr, sums_ptr, largest_ptr,
     k_stride_b, k_stride_n, k_stride_h, k_stride_d,
     v_stride_b, v_stride_n, v_stride_h, v_stride_d,
-    N, H, K_CHUNKS, V_CHUNKS,
-    EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
+    N, H, K_CHUNKS, V_CHUNKS, share,
+    RUN: tl.constexpr, EVERY: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sums of every EVERY-th real token of K and largest |V|, by chunks; grid (K's and V's chunks, B·H)."""
+    """Sums of every EVERY-th real token of K and how far V goes, by chunks; grid (K's and V's chunks, B·H)."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     limit = tl.load(valid_ptr + b).to(tl.int32)
@@ -51,8 +61,12 @@ def _sum_kernel(
         chunk -= K_CHUNKS
         v_ptr += b * v_stride_b + h * v_stride_h
         largest_ptr += (bh * V_CHUNKS + chunk) * D_PAD
-        _chunk(v_ptr, row_ptr, largest_ptr, v_stride_n, v_stride_d, chunk * TOKENS, limit,
-               True, 1, D, D_PAD, TOKENS, STEP)  # fmt: skip
+        if RUN == 1:
+            _chunk(v_ptr, row_ptr, largest_ptr, v_stride_n, v_stride_d, chunk * TOKENS, limit,
+                   True, 1, D, D_PAD, TOKENS, STEP)  # fmt: skip
+        else:
+            _chunk_of_runs(v_ptr, row_ptr, largest_ptr, v_stride_n, v_stride_d, chunk * TOKENS, limit, share,
+                           RUN, D, D_PAD, TOKENS)  # fmt: skip
 
 
 @triton.jit

@@ -7,15 +7,17 @@
 //                                      columns, and where the scores of those keys start
 //     p̂     two of them are rounded at once, in half precision, and eight fill the register in which the same thread
 //           multiplies them next. A left operand wants eight neighbouring columns where an accumulator holds two, so
-//           column 32 h + 8 g + 2 t + i goes by the name 32 h + 8 t + 2 g + i, and V's tokens are stored under these
-//           names. So are V's channels, which gives each thread eight neighbours of an output row.
-//     Σ p̂   is a product with ones
+//           column 32 h + 16 s + 8 g + 2 t + i goes by the name 32 h + 8 t + 4 g + 2 i + s, and V's tokens are stored
+//           under these names. Likewise channel 32 h + 8 t + 2 g + i of V is stored as 32 h + 8 g + 2 t + i, which
+//           gives each thread eight neighbours of an output row.
+//     Σ p̂   over runs of 16 keys is a product with ones and zeros; the sums are the left operand, in eight bits, of a
+//           product with the middles of these runs, which is where the product with V starts
 //
 // A sum x of integers is held as BIAS + x, whose bits, read as a float, are 12582912 + x.
 //
 // Layout: two numbers to a byte, the first in the lower half. q (B, H, query tokens, D_PAD / 2); k (B, H, key blocks,
 // KEYS + KEYS / 16, D_PAD / 2): rest of every key, then low and high of every 32 keys; v (B, H, key blocks, D_PAD,
-// KEYS / 2); the rest as in sparse.py.
+// KEYS / 2 + 16): rest, then four words with the middles of two runs each in their lower bytes; the rest as in sparse.py.
 //
 // Macros: D channels, padded to D_PAD; KEYS of a key block; SPLIT programs for a query block; WARPS of a program;
 // STAGES; PROGRAMS that share a multiprocessor; OUT_BITS of an output and whether they are OUT_BFLOAT16.
@@ -23,24 +25,32 @@
 
 constexpr int BIAS = 0x4B400000, MINUS_INFINITY = (int)0xFF800000;
 constexpr float BIAS_AS_FLOAT = 12582912;
-constexpr float HIGHEST = 15, DITHERED_HIGHEST = 16 * HIGHEST;
+constexpr float HIGHEST = 15, HIGHEST_OF_EIGHT_BITS = 16 * HIGHEST;
 constexpr float LOG2_OF_HIGHEST = 3.9068905956085187f, LN_2 = 0.6931471805599453f;
 constexpr float STEEPEST = 10;  // already here nothing is left of smaller scores; beyond, `unit` leaves half precision
 constexpr int THREADS = 32 * WARPS;
 constexpr int RUNS = KEYS / 32;  // of keys that share high and low
+constexpr int HALVES = KEYS / 64;  // of a key block: what one product of V's multiplies
+constexpr Word LEFT_OVER = 0x0F0F0F0F, EIGHT_TWICE = 0x00080008;
 constexpr int TILE = 8;          // columns of an accumulator, rows of a right operand
 
-// Rows of a right operand, CHUNKS times 16 bytes each, arranged so that a chunk of eight rows lies in different banks
+// Rows of a right operand, CHUNKS times 16 bytes each, arranged so that a chunk of eight rows lies in different banks,
+// as it does by itself where CHUNKS is odd: then the last one is left to its reader
 template <int COUNT, int CHUNKS>
 struct Rows {
     static constexpr int BYTES = COUNT * CHUNKS * 16, TILE_BYTES = TILE * CHUNKS * 16;
     static constexpr int PRODUCTS = CHUNKS / 2;   // instructions for the length of a row
     static constexpr int AT_ONCE = 2 / PRODUCTS;  // tiles that `load_matrices` brings
 
-    static DEVICE int place(int row, int chunk) { return (row * CHUNKS + (chunk ^ row * CHUNKS / 8 % CHUNKS)) * 16; }
+    static DEVICE int place(int row, int chunk) {
+        return (row * CHUNKS + (CHUNKS % 2 ? chunk : chunk ^ row * CHUNKS / 8 % CHUNKS)) * 16;
+    }
 
     // The row that a lane names for the first tiles; for others it lies TILE_BYTES further
-    static DEVICE int named(int lane) { return place(lane % 8 + lane / 8 / CHUNKS * 8, lane / 8 % CHUNKS); }
+    static DEVICE int named(int lane) {
+        constexpr int READ = 2 * PRODUCTS;
+        return place(lane % 8 + lane / 8 / READ * 8, lane / 8 % READ);
+    }
 
     static DEVICE void fetch(char* to, const char* from) {
         int i = thread_in_block();
@@ -53,7 +63,7 @@ struct Rows {
     }
 };
 using KeyRows = Rows<KEYS + 2 * RUNS, D_PAD / 32>;
-using ValueRows = Rows<D_PAD, KEYS / 32>;
+using ValueRows = Rows<D_PAD, KEYS / 32 + 1>;
 constexpr int STAGE_BYTES = KeyRows::BYTES + ValueRows::BYTES;
 
 using Tile = int[4];   // accumulator: two columns of a lane's upper row, then of its lower row
@@ -76,19 +86,12 @@ struct Softmax {
         m = now;
         scale = fminf(scale, STEEPEST);
         origin = -(top * scale);
-        float one = DITHERED_HIGHEST * exp2_fast(-fmaf(top, scale, origin));  // undoes what rounding did to origin
+        float one = HIGHEST_OF_EIGHT_BITS * exp2_fast(-fmaf(top, scale, origin));  // undoes what rounding did to origin
         unit = to_half(one, one);
     }
     DEVICE float weight(int score) const { return exp2_fast(fmaf(as_float(score), scale, origin)); }
     DEVICE float plus(float sum, int added) const { return fmaf(sum, old_share, fmaf(as_float(added), share, start)); }
 };
-
-// 1024 plus dither in half precision, for the keys of an even and of an odd tile; see `four_bits.DITHER`
-DEVICE Word dither(int row, int column) {
-    int y = row & 3, x = y ^ column;
-    Word even = (x & 1) << 3 | (y & 1) << 2 | (x & 2) | y >> 1;
-    return (even | (even ^ 2) << 16) + 0x64006400;
-}
 
 // Scores of a key block for a warp's rows
 DEVICE void multiply_keys(Tile (&s)[KEYS / TILE], const Left (&q)[KeyRows::PRODUCTS], const char* keys, int lane) {
@@ -123,39 +126,67 @@ DEVICE int largest(const Tile (&s)[KEYS / TILE], int row) {
     return max(found, shuffle_xor(found, 2));
 }
 
-// The weights of 32 keys, which lie in four tiles, rounded to four bits
-DEVICE Word rounded(const Tile* s, int row, const Softmax& softmax, const Word (&dithers)[2]) {
-    Word columns[2];  // p̂ in the upper half of each byte, of a lane's first and second column of each tile
+// Where the sums of `four_bits.round_weights` start, over 1024 in half precision: of an even tile's two columns in the
+// upper row. Of an odd tile, or in the lower row, they are 8 off.
+DEVICE Word start_of_sums(int row, int column) {
+    int first = 3 * row + 2 * column;
+    return (first & 15) + ((first + 9 & 15) << 16) + 0x64006400;
+}
+
+// The weights of 64 keys of a row, which lie in eight tiles, rounded to four bits. The low bytes of their sums in half
+// precision hold them modulo 16, and what is left. With the latter all ones, differences between steps lose nothing to
+// the byte beside them but some of these ones.
+DEVICE void round_weights(Word* p, const Tile* s, int row, const Softmax& softmax, Word start) {
+    Word even = row ? start ^ EIGHT_TWICE : start, odd = even ^ EIGHT_TWICE, before = 0, grown[2];
     UNROLL
-    for (int i = 0; i < 2; i++) {
-        Word pairs[2];
-        UNROLL
-        for (int x = 0; x < 2; x++) {
-            float even = softmax.weight(s[2 * x][2 * row + i]), odd = softmax.weight(s[2 * x + 1][2 * row + i]);
-            pairs[x] = fma_half(to_half(even, odd), softmax.unit, dithers[i]);
-        }
-        columns[i] = pick_bytes(pairs[0], pairs[1], 0x6420);
+    for (int step = 0; step < 4; step++) {
+        const int *x = s[2 * step] + 2 * row, *y = s[2 * step + 1] + 2 * row;
+        even = fma_half(to_half(softmax.weight(x[0]), softmax.weight(x[1])), softmax.unit, even);
+        odd = fma_half(to_half(softmax.weight(y[0]), softmax.weight(y[1])), softmax.unit, odd);
+        Word sums = pick_bytes(even, odd, 0x6420) | LEFT_OVER;
+        grown[step % 2] = step ? sums - before + LEFT_OVER : sums;
+        before = sums;
+        if (step % 2) p[step / 2] = (grown[0] >> 4 & 0x0F0F0F0F) | (grown[1] & 0xF0F0F0F0);
     }
-    return (columns[0] >> 4 & 0x0F0F0F0F) | (columns[1] & 0xF0F0F0F0);
+}
+
+// Sums of p̂ over runs of 16 keys: of two runs, of the upper row and of the lower
+DEVICE void add_up(Tile& sums, const Left (&p)[HALVES], const Tile& nothing, int lane) {
+    UNROLL
+    for (int half = 0; half < HALVES; half++) {
+        int run = lane / 4 - 4 * half;
+        Word ones = run % 2 ? 0x10101010 : 0x01010101;
+        const Word members[2] = {run / 2 == 0 && run >= 0 ? ones : 0, run / 2 == 1 ? ones : 0};
+        multiply_unsigned(sums, half ? sums : nothing, p[half], members);
+    }
 }
 
 // Add the values of a key block to the output
-DEVICE void add_values(float (&acc)[D_PAD / TILE][4], const Left (&p)[ValueRows::PRODUCTS], const char* values,
+DEVICE void add_values(float (&acc)[D_PAD / TILE][4], const Left (&p)[HALVES], const Tile& sums, const char* values,
                        const Softmax (&softmax)[2], const Tile& nothing, int lane) {
+    const Word of_runs[2] = {pick_bytes(sums[0], sums[1], 0x1140), pick_bytes(sums[2], sums[3], 0x1140)};
     UNROLL
-    for (int tile = 0; tile < D_PAD / TILE; tile += ValueRows::AT_ONCE) {
-        Word parts[4];
-        Tile product[ValueRows::AT_ONCE];
-        load_matrices(parts, values + ValueRows::named(lane) + tile * ValueRows::TILE_BYTES);
+    for (int four = 0; four < D_PAD / TILE; four += 4) {
+        Word middles[4];
+        load_matrices(middles, values + ValueRows::place(lane, KEYS / 32) + four * ValueRows::TILE_BYTES);
         UNROLL
-        for (int x = 0; x < 2; x++) {
-            int part = x % ValueRows::PRODUCTS, each = x / ValueRows::PRODUCTS;
-            multiply_unsigned(product[each], part ? product[each] : nothing, p[part], parts + 2 * x);
-        }
-        UNROLL
-        for (int x = 0; x < 4 * ValueRows::AT_ONCE; x++) {
-            float& sum = acc[tile + x / 4][x % 4];
-            sum = softmax[x % 4 / 2].plus(sum, product[x / 4][x % 4]);
+        for (int tile = four; tile < four + 4; tile += ValueRows::AT_ONCE) {
+            Word parts[4];
+            Tile product[ValueRows::AT_ONCE];
+            load_matrices(parts, values + ValueRows::named(lane) + tile * ValueRows::TILE_BYTES);
+            UNROLL
+            for (int x = 0; x < ValueRows::AT_ONCE; x++)
+                multiply_bytes(product[x], nothing, of_runs, middles[tile - four + x]);
+            UNROLL
+            for (int x = 0; x < 2; x++) {
+                int half = x % HALVES, each = x / HALVES;
+                multiply_unsigned(product[each], product[each], p[half], parts + 2 * x);
+            }
+            UNROLL
+            for (int x = 0; x < 4 * ValueRows::AT_ONCE; x++) {
+                float& sum = acc[tile + x / 4][x % 4];
+                sum = softmax[x % 4 / 2].plus(sum, product[x / 4][x % 4]);
+            }
         }
     }
 }
@@ -235,8 +266,7 @@ attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, c
     for (int x = 0; x < 4 * KeyRows::PRODUCTS; x++)
         query[x / 4][x % 4] = q[(at.q_row + x % 2 * 8) * (D_PAD / 8) + x / 2 * 4 + column];
     const float row_scales[2] = {q_scale[at.q_row], q_scale[at.q_row + 8]};
-    const Word dithers[2] = {dither(at.row, 0), dither(at.row, 1)};
-    const Word ones[2] = {0x11111111, 0x11111111};
+    const Word start = start_of_sums(at.row, column);
     // Were it known to the compiler, it would be made anew for each product instead of kept in registers
     const int bias = at.row >= 0 ? BIAS : 0;
     const Tile nothing = {bias, bias, bias, bias};
@@ -262,25 +292,37 @@ attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, c
         }
         UNROLL
         for (int r = 0; r < 2; r++) softmax[r].take(largest(s, r), row_scales[r] * block_scale);
-        Left p[ValueRows::PRODUCTS];
+        Left p[HALVES];
         UNROLL
-        for (int x = 0; x < 2 * RUNS; x++) p[x / 4][x % 4] = rounded(s + x / 2 * 4, x % 2, softmax[x % 2], dithers);
-        add_values(acc, p, stage + KeyRows::BYTES, softmax, nothing, lane);
+        for (int half = 0; half < HALVES; half++) {
+            Word weights[2][2];
+            UNROLL
+            for (int r = 0; r < 2; r++) round_weights(weights[r], s + 8 * half, r, softmax[r], start);
+            UNROLL
+            for (int x = 0; x < 4; x++) p[half][x] = weights[x % 2][x / 2];
+        }
         Tile sums;
+        add_up(sums, p, nothing, lane);
         UNROLL
-        for (int x = 0; x < ValueRows::PRODUCTS; x++) multiply_unsigned(sums, x ? sums : nothing, p[x], ones);
-        UNROLL
-        for (int r = 0; r < 2; r++) softmax[r].total = softmax[r].plus(softmax[r].total, sums[2 * r]);
+        for (int r = 0; r < 2; r++)
+            softmax[r].total = softmax[r].plus(softmax[r].total, sums[2 * r] + (sums[2 * r + 1] - BIAS));
+        add_values(acc, p, sums, stage + KeyRows::BYTES, softmax, nothing, lane);
     };
     for (int i = 0; i < whole; i++) step(i, false);
     if (whole < count) step(whole, true);
 
+    float totals[2];
+    UNROLL
+    for (int r = 0; r < 2; r++) {
+        float two = softmax[r].total + as_float(shuffle_xor(as_int(softmax[r].total), 1));
+        totals[r] = two + as_float(shuffle_xor(as_int(two), 2));
+    }
     const Place to(tiles, batch, heads, row_blocks);  // again, which is cheaper than to keep it
     UNROLL
     for (int r = 0; r < 2; r++) {
         int n = to.row + 8 * r;
         if (n >= tokens) continue;
-        float total = softmax[r].total, inverse = reciprocal_fast(fmaxf(total, 1e-30f));
+        float total = totals[r], inverse = reciprocal_fast(fmaxf(total, 1e-30f));
         int position = table[(long long)order[to.h] * tokens + n];
         long long start = (((long long)to.b * tokens + position) * heads + to.h) * D;
         const float* scales = v_scale + (to.b * heads + to.h) * D_PAD;

@@ -78,6 +78,14 @@ DEVICE void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4
           "r"(start[2]), "r"(start[3]));
 }
 
+// sum = start + a bᵀ with a (16, 16) of 0…255, b (8, 16) of −128…127 and sum as above. Lane 4 r + t holds bytes 4 t… of
+// rows r and r + 8 of a, and of row r of b.
+DEVICE void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], Word b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+        : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]));
+}
+
 // Four matrices of 8 rows of 16 bytes: lane 8 i + r says where row r of matrix i is; lane 4 r + t gets its t-th word
 DEVICE void load_matrices(Word (&parts)[4], const char* row) {
     Word address = (Word)__cvta_generic_to_shared(row);
