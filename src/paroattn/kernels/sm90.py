@@ -26,18 +26,16 @@ def macros(pipeline: Pipeline, block: tuple[int, int], d_pad: int, pv: str, dtyp
         "QUERIES": block[0],
         "KEYS": block[1],
         "INT8_VALUES": int(pv == "int8"),
-        "CLUSTER": pipeline.cluster,
         "STAGES": pipeline.stages,
         "PROGRAMS": pipeline.programs,
-        "MATRIX_SUMS": int(pipeline.matrix_sums),
         "OUT_BYTES": dtype.itemsize,
         "OUT_IS_BF16": int(dtype == torch.bfloat16),
     }
 
 
-def shared_bytes(pipeline: Pipeline, keys: int, d_pad: int) -> int:
+def shared_bytes(pipeline: Pipeline, keys: int, d_pad: int, pv: str) -> int:
     """Shared memory of a program, as the source lays it out."""
-    ones = 8 * keys if pipeline.matrix_sums else 0
+    ones = 8 * keys if pv == "fp8" else 0
     stage = -(-(2 * keys * d_pad + ones) // 1024) * 1024
     return ROWS * d_pad + pipeline.stages * (stage + 48) + 8
 
@@ -56,17 +54,14 @@ def launch(
         arguments: As `sparse.attend` names them.
 
     Raises:
-        ValueError: If the pipeline does not fit the blocks or the format.
         RuntimeError: If the kernel does not compile or start.
     """
     d_pad, split = operands.q.shape[-1], block[0] // ROWS
-    if pipeline.cluster not in (1, split) or (pv == "int8" and pipeline.matrix_sums):
-        raise ValueError(f"{pipeline} must fit {pv} and blocks of {block[0]} queries; got {ROWS} rows for a program")
     values = {name: getattr(operands, name) for name in FROM_OPERANDS}
     values |= {name: arguments[f"{name}_ptr"] for name in POINTERS if name not in FROM_OPERANDS}
     values |= {name: values[name].int() for name in INDICES}
     kernel = native.kernel(SOURCE, NAME, ARCH, **macros(pipeline, block, d_pad, pv, values["out"].dtype))
     kernel.launch(
-        programs * split, THREADS, shared_bytes(pipeline, block[1], d_pad),
+        programs * split, THREADS, shared_bytes(pipeline, block[1], d_pad, pv),
         *(values[name] for name in POINTERS), *(arguments[name] for name in SIZES),
     )  # fmt: skip

@@ -34,11 +34,11 @@ from ..precision import Precision
 from .elements import _round
 from .prepare import LOG2_E, Operands, _signs, prepare
 from .tiles import (
-    ALONE,
     BLOCKS,
     INTERPRETED,
     LARGEST_HEAD,
     LOWEST_CAPABILITY,
+    PIPELINE_OF,
     WARPS,
     Pipeline,
     Ring,
@@ -297,7 +297,7 @@ def sparse_attention(
         if four_bit_units:
             tile = WARPS[d_pad, mask.block[1]]
         elif warpgroup_units:
-            tile = pipeline_of(precision, mask.block, d_pad) or ALONE[d_pad]
+            tile = pipeline_of(precision, mask.block, d_pad) or PIPELINE_OF[d_pad]
         else:
             tile = tile_of(capability(q.device), precision, mask.block, d_pad)
         operands = prepare(

@@ -11,12 +11,12 @@
 //     acc, total += (p v, row sum of p) · share
 // out = acc / total · v_scale
 //
-// MATRIX_SUMS: FP8 rows are summed by eight further columns of ones.
+// FP8 rows are summed by eight further columns of ones.
 #include <sm90_ring.cuh>
 
 constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
 constexpr int OUT = HEAD_DIM / 2;
-constexpr int SUMS = OUT + (MATRIX_SUMS ? 4 : 0);
+constexpr int SUMS = OUT + (INT8_VALUES ? 0 : 4);
 
 constexpr u32 BIAS_BITS = 0x4B400000;
 constexpr float BIAS = 12582912.0f;
@@ -26,7 +26,7 @@ constexpr u32 LOWEST = 0xFF800000;  // −∞, and less than every biased score 
 constexpr u32 HIDDEN = LOWEST - BIAS_BITS;
 
 #if OUT_BYTES == 2
-DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
+DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? to_bfloat16(a, b) : to_half(a, b); }
 #else
 DEVICE u32 pack_output(float a, float b) { return 0; }
 #endif
@@ -70,7 +70,7 @@ struct Rows {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float larger_m = larger(m[r], INT8_VALUES ? highest[r] : row_maximum(highest[r]));
-            shrink[r] = exp2_unit(m[r] - larger_m);
+            shrink[r] = exp2_fast(m[r] - larger_m);
             total[r] *= shrink[r];
             m[r] = larger_m;
         }
@@ -82,7 +82,7 @@ struct Rows {
         grow();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            share[r] = exp2_unit(highest[r] - m[r]);
+            share[r] = exp2_fast(highest[r] - m[r]);
             total[r] = multiply_add(to_float(bytes[r]), share[r], total[r]);
         }
     }
@@ -97,8 +97,7 @@ struct Rows {
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const int r = j / 2 % 2;
-                x[j] = exp2_unit(multiply_add(as_float(s[i + j] + BIAS_BITS), scale[r], origin[r]));
-                if (!INT8_VALUES && !MATRIX_SUMS) total[r] += x[j];
+                x[j] = exp2_fast(multiply_add(as_float(s[i + j] + BIAS_BITS), scale[r], origin[r]));
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -183,15 +182,10 @@ struct Consumer {
             acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), rows.share[d / 2 % 2], acc[d]);
     }
 
-    // This warp has read what the barrier is for: all that copy there hear of it.
+    // This warp has read what the barrier is for.
     DEVICE void release(u32 empty) {
         meet_warp();
-        const int lane = thread() % 32;
-        if constexpr (CLUSTER == 1) {
-            if (lane == 0) barrier_arrive(empty);
-        } else {
-            if (lane < CLUSTER) barrier_arrive_at(empty, lane);
-        }
+        if (thread() % 32 == 0) barrier_arrive(empty);
     }
 
     // Read by the lane that says later that the warp has read it.
@@ -235,13 +229,13 @@ struct Consumer {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float total = rows.total[r];
-            if constexpr (MATRIX_SUMS) {
-                total = acc[OUT + 2 * r];
-            } else {
+            if constexpr (INT8_VALUES) {
                 total += from_lane(total, 1);
                 total += from_lane(total, 2);
+            } else {
+                total = acc[OUT + 2 * r];
             }
-            const float inverse = reciprocal(larger(total, 1e-30f));
+            const float inverse = reciprocal_fast(larger(total, 1e-30f));
 #pragma unroll
             for (int d = 2 * r; d < OUT; d += 4) {
                 acc[d] *= inverse * v_scale[2 * d - 4 * r];
@@ -256,7 +250,7 @@ struct Consumer {
             else
                 store_each(at, r, quad, real);
             if (a.lse && real && quad == 0) {
-                float lse = (rows.m[r] + log2_unit(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
+                float lse = (rows.m[r] + log2_fast(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
                 if (a.shift) lse += a.shift[w.q_row + first + 8 * r];
                 a.lse[w.bh * a.tokens + place] = total > 0 ? lse : as_float(LOWEST);
             }
@@ -299,13 +293,7 @@ struct Consumer {
     }
 };
 
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
     const u8* q, const u8* k, const u8* v, const float* q_scale, const float* k_scale, const float* v_scale,
     const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
     const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
@@ -327,7 +315,5 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
     Consumer consumer(a, w, memory);
     barrier_wait(memory + Q_FULL_AT, 0);
     consumer.work(copy_keys, copy_values);
-    if (CLUSTER > 1) cluster_arrive();
     consumer.finish();
-    if (CLUSTER > 1) cluster_wait();  // nobody leaves while another may write here
 }

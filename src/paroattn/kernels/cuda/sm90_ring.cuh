@@ -2,8 +2,6 @@
 //
 // A place of the ring is filled again as soon as it has been read: that of K when the scores are there, that of V when
 // the block is done. So there is always more than a step's time for a copy to arrive. The first warp fills them.
-// CLUSTER: so many programs, all parts of a query block on neighbouring multiprocessors, share loads: each copies a part
-// of every block to all.
 //
 // Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes, their 16-byte pieces swizzled, a block
 // without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
@@ -13,13 +11,11 @@
 
 constexpr int ROWS = 64;
 constexpr int THREADS = 128;
-static_assert(CLUSTER == 1 || CLUSTER * ROWS == QUERIES, "a cluster has one query block");
 static_assert(STAGES >= 2, "a stage is filled again while another is read");
-static_assert(!INT8_VALUES || !MATRIX_SUMS, "blocks of INT8 P have scales of their own");
 constexpr int Q_BYTES = ROWS * HEAD_DIM;
 constexpr int K_BYTES = KEYS * HEAD_DIM;
 constexpr int V_BYTES = HEAD_DIM * KEYS;
-constexpr int ONES_BYTES = MATRIX_SUMS ? 8 * KEYS : 0;
+constexpr int ONES_BYTES = INT8_VALUES ? 0 : 8 * KEYS;  // further columns of V, which sum rows of P
 constexpr int STAGE_BYTES = (K_BYTES + V_BYTES + ONES_BYTES + 1023) / 1024 * 1024;
 constexpr int K_AT = (Q_BYTES + 1023) / 1024 * 1024;
 constexpr int V_AT = K_AT + K_BYTES;
@@ -109,7 +105,7 @@ struct Filler {
         if (one_lane()) {
             const u32 full = place.keys_full(memory);
             barrier_expect(full, K_BYTES + SCALE_BYTES);
-            share(place.at(memory) + K_AT, a.k + block * K_BYTES, K_BYTES, full);
+            copy_bulk(place.at(memory) + K_AT, a.k + block * K_BYTES, K_BYTES, full);
             copy_bulk(place.scale(memory), a.k_scale + 4 * block, SCALE_BYTES, full);
         }
     }
@@ -122,16 +118,7 @@ struct Filler {
         if (one_lane()) {
             const u32 full = place.values_full(memory);
             barrier_expect(full, V_BYTES);
-            share(place.at(memory) + V_AT, a.v + block * V_BYTES, V_BYTES, full);
-        }
-    }
-
-    DEVICE void share(u32 to, const u8* from, u32 bytes, u32 full) {
-        if constexpr (CLUSTER == 1) {
-            copy_bulk(to, from, bytes, full);
-        } else {
-            const u32 part = bytes / CLUSTER, start = part * rank();
-            copy_to_all<CLUSTER>(to + start, from + start, part, full);
+            copy_bulk(place.at(memory) + V_AT, a.v + block * V_BYTES, V_BYTES, full);
         }
     }
 };
@@ -146,8 +133,7 @@ DEVICE void set_up(u32 memory) {
         for (int stage = 0; stage < STAGES; ++stage) {
             const Place place{stage};
             for (u32 full : {place.keys_full(memory), place.values_full(memory)}) barrier_init(full, 1);
-            for (u32 empty : {place.keys_empty(memory), place.values_empty(memory)})
-                barrier_init(empty, THREADS / 32 * CLUSTER);
+            for (u32 empty : {place.keys_empty(memory), place.values_empty(memory)}) barrier_init(empty, THREADS / 32);
         }
         barrier_init(memory + Q_FULL_AT, 1);
     }
@@ -156,5 +142,4 @@ DEVICE void set_up(u32 memory) {
                      + i % (ONES_BYTES / 4 + !ONES_BYTES) * 4, ONES);
     publish();
     synchronize();
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
 }
