@@ -111,6 +111,13 @@ void wait_until(Condition condition) {
     now->moved = true;
 }
 
+inline void be_late(int turns) {
+    for (; turns > 0; --turns) {
+        now->moved = true;
+        yield();
+    }
+}
+
 inline Barrier& barrier(u32 at) {
     auto found = now->barriers.find(at);
     check(found != now->barriers.end(), "a barrier is used before it is made");
@@ -307,7 +314,10 @@ DEVICE void barrier_count(u32 at, u32 bytes) {
 }
 
 DEVICE void barrier_expect(u32 at, u32 bytes) { barrier_count(at, bytes); }
-DEVICE void barrier_arrive(u32 at) { barrier_count(at, 0); }
+DEVICE void barrier_arrive(u32 at) {
+    barrier_count(at, 0);
+    if (machine::now->coin() % 8 == 0) machine::be_late(machine::now->coin() % 64);
+}
 
 DEVICE void barrier_wait(u32 at, u32 parity) {
     machine::wait_until([=] { return machine::barrier(at).odd != parity; });
@@ -397,10 +407,7 @@ void products_wait() {
             for (int i = 0; i < 128; ++i) all &= warpgroup[i].committed >= next;
             return all;
         });
-        for (int late = machine::now->coin() % 8; late > 0; --late) {
-            machine::now->moved = true;
-            machine::yield();
-        }
+        machine::be_late(machine::now->coin() % 8);
         for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(mine / 32, i);
         for (int i = 0; i < 32; ++i) warp[i].groups.pop_front(), ++warp[i].finished;
     }
