@@ -28,44 +28,22 @@ from paroattn.grid import ORDERS, Grid, Layout, TextSpan
 from paroattn.kernels import sparse
 from paroattn.kernels.prepare import prepare
 from paroattn.kernels.reference import reference_attention
-from paroattn.kernels.tiles import ALONE, Pipeline, tile_of
+from paroattn.kernels.tiles import PIPELINE_OF, Pipeline, tile_of
 from paroattn.precision import Precision
 from records import environment, merge
 from shapes import SHAPES, block_mask, draw, kept_pairs, tensors
 from timing import gpu_medians
 
-PAIR = Pipeline(programs=1, stages=5, warpgroups=2, ahead=True)
-CLUSTER = Pipeline(programs=3, stages=2, cluster=2)
 VARIANTS = {
-    (128, "fp8"): {
-        "alone": ALONE[128],
-        "alone, summed by matrices": replace(ALONE[128], matrix_sums=True),
-        "alone, summed by matrices, biased": replace(ALONE[128], matrix_sums=True, biased=True),
-        "cluster, summed by matrices": replace(CLUSTER, matrix_sums=True),
-        "pair, ahead, summed by matrices": replace(PAIR, matrix_sums=True),
-        "pair, ahead, summed by matrices, promoted after four": replace(PAIR, matrix_sums=True, promote=4),
-    },
-    (128, "int8"): {
-        "alone": ALONE[128],
-        "alone, biased": replace(ALONE[128], biased=True),
-        "cluster": CLUSTER,
-        "pair, ahead": PAIR,
-        "pair, ahead, biased": replace(PAIR, biased=True),
-    },
-    (64, "fp8"): {
-        "alone": ALONE[64],
-        "alone, summed by matrices": replace(ALONE[64], matrix_sums=True),
-        "alone, summed by matrices, biased": replace(ALONE[64], matrix_sums=True, biased=True),
-    },
-    (64, "int8"): {
-        "alone": ALONE[64],
-        "alone, biased": replace(ALONE[64], biased=True),
-    },
+    (dim, pv): {"two stages": PIPELINE_OF[dim]}
+    | ({"three stages": replace(PIPELINE_OF[dim], stages=3)} if dim == 64 else {})
+    for dim in (128, 64)
+    for pv in ("fp8", "int8")
 }
 BLOCK = {64: "64x128", 128: "128x128"}
 TIMED = {128: ("wan-14b-480p", "wan-14b-720p"), 64: ("cogvideox-5b",)}
 DENSITIES = (0.2, 1.0)
-PRESENT, PLAINEST = "gluon", "alone"
+PRESENT, PLAINEST = "gluon", "two stages"
 KEY = ("device", "variant", "shape", "precision", "block", "density")
 LARGEST_ERROR = {"int8": 0.02, "fp8": 0.05}
 REPEATS = 50

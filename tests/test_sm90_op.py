@@ -117,7 +117,7 @@ def test_the_whole_operation_is_the_reference_s_on_the_emulator(block, dim, monk
     monkeypatch.setitem(library.IMPLEMENTATIONS, "triton", changed)
     out, lse = case.run("int8", softmax_scale=0.2)
     expected, expected_lse = case.run("int8", "reference", softmax_scale=0.2)
-    pipeline = tiles.PIPELINES.get(("int8", tiles.padded(dim), block), tiles.ALONE[tiles.padded(dim)])
+    pipeline = tiles.PIPELINES.get(("int8", tiles.padded(dim), block), tiles.PIPELINE_OF[tiles.padded(dim)])
     assert compiled == [sm90.macros(pipeline, block, tiles.padded(dim), "int8", torch.float32)]
     assert sqnr(out[case.real], expected[case.real]) >= 45
     assert (lse - expected_lse).transpose(1, 2)[case.real].abs().max() <= LSE_ERROR[pv_of("int8")]

@@ -1,4 +1,4 @@
-// Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a cluster take turns as fibres, in an order that a
+// Stands in for kernels/cuda/sm90_ptx.cuh on a CPU: the threads of a program take turns as fibres, in an order that a
 // seed decides, and everything asynchronous happens as late as it may: copies when a seeded coin says so or nobody can
 // go on, a warp's part of a product some time after it waits for it. Whoever reads or writes what is still under way
 // gets wrong results.
@@ -6,15 +6,12 @@
 // Layouts are those of the PTX manual: registers of wgmma's A and D, matrix descriptors and their swizzles.
 #pragma once
 
+#include <arithmetic.cuh>
 #include <calling.cuh>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
@@ -22,23 +19,16 @@
 #include <random>
 #include <vector>
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define DEVICE inline
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 
-// The function that runs a kernel, cluster after cluster; false if something is wrong, which stderr says
+// The function that runs a kernel, program after program; false if something is wrong, which stderr says
 #define EMULATED(kernel)                                                                               \
     extern "C" int emulate(int blocks, int threads, int shared_bytes, unsigned seed, void** given) {   \
-        bool right = threads == THREADS && shared_bytes == Q_FULL_AT + 8 && blocks % CLUSTER == 0;     \
-        for (int block = 0; right && block < blocks; block += CLUSTER)                                 \
-            right = machine::run(block, CLUSTER, threads, seed, [&] { call(kernel, given); });         \
+        bool right = threads == THREADS && shared_bytes == Q_FULL_AT + 8;                              \
+        for (int block = 0; right && block < blocks; ++block)                                          \
+            right = machine::run(block, threads, seed, [&] { call(kernel, given); });                  \
         return right;                                                                                  \
     }
 
@@ -66,7 +56,6 @@ struct Meeting {  // of lanes, of threads at a named barrier, or of all
 };
 
 struct Copy {
-    int program;
     u32 to, bytes, barrier;
     const void* from;
 };
@@ -89,27 +78,26 @@ struct Fibre {
     u32 met = 0;
 };
 
-struct Cluster {
-    std::vector<std::vector<u8>> shared;       // of each program of the cluster
-    std::map<std::pair<int, u32>, Barrier> barriers;
+struct Program {
+    std::vector<u8> shared;
+    std::map<u32, Barrier> barriers;
     std::vector<Copy> copies;
     std::map<int, Meeting> warps;
     std::map<int, std::vector<u64>> lanes;
-    std::map<int, Meeting> all;
-    Meeting cluster;
+    Meeting all;
     std::vector<Fibre> fibres;
     ucontext_t scheduler;
-    int current = 0, index = 0, threads = 0;
+    int current = 0, index = 0;
     bool moved = true, failed = false, inside = false;
     std::mt19937 coin;
     std::function<void()> body;
 };
 
-inline Cluster* now = nullptr;
+inline Program* now = nullptr;
 
 inline void yield() { swapcontext(&now->fibres[now->current].context, &now->scheduler); }
 
-// Say what is wrong; a thread that does never goes on, and the cluster ends.
+// Say what is wrong; a thread that does never goes on, and the program ends.
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "%s\n", what);
     if (!now->inside) std::_Exit(3);
@@ -123,10 +111,15 @@ void wait_until(Condition condition) {
     now->moved = true;
 }
 
-inline int own() { return now->current / now->threads; }  // program of the cluster
+inline void be_late(int turns) {
+    for (; turns > 0; --turns) {
+        now->moved = true;
+        yield();
+    }
+}
 
-inline Barrier& barrier(u32 at, int program) {
-    auto found = now->barriers.find({program, at});
+inline Barrier& barrier(u32 at) {
+    auto found = now->barriers.find(at);
     check(found != now->barriers.end(), "a barrier is used before it is made");
     return found->second;
 }
@@ -134,8 +127,8 @@ inline Barrier& barrier(u32 at, int program) {
 inline void deliver(size_t which) {
     const Copy copy = now->copies[which];
     now->copies.erase(now->copies.begin() + which);
-    std::memcpy(now->shared[copy.program].data() + copy.to, copy.from, copy.bytes);
-    Barrier& b = barrier(copy.barrier, copy.program);
+    std::memcpy(now->shared.data() + copy.to, copy.from, copy.bytes);
+    Barrier& b = barrier(copy.barrier);
     b.bytes -= copy.bytes;
     b.turn();
     now->moved = true;
@@ -148,55 +141,54 @@ inline void enter() {
     yield();
 }
 
-// The programs of a cluster, the first of which is program `index`; whether all went well.
-inline bool run(int index, int programs, int threads, unsigned seed, std::function<void()> body) {
-    Cluster cluster;
-    now = &cluster;
-    cluster.index = index;
-    cluster.threads = threads;
-    cluster.shared.resize(programs, std::vector<u8>(BASE + SHARED, 0xA5));
-    cluster.coin.seed(seed + 977 * index);
-    cluster.body = body;
-    cluster.fibres = std::vector<Fibre>(threads * programs);
-    for (auto& fibre : cluster.fibres) {
+// Program `index`; whether all went well.
+inline bool run(int index, int threads, unsigned seed, std::function<void()> body) {
+    Program program;
+    now = &program;
+    program.index = index;
+    program.shared.assign(BASE + SHARED, 0xA5);
+    program.coin.seed(seed + 977 * index);
+    program.body = body;
+    program.fibres = std::vector<Fibre>(threads);
+    for (auto& fibre : program.fibres) {
         fibre.stack.reset(new char[STACK]);
         getcontext(&fibre.context);
         fibre.context.uc_stack.ss_sp = fibre.stack.get();
         fibre.context.uc_stack.ss_size = STACK;
-        fibre.context.uc_link = &cluster.scheduler;
+        fibre.context.uc_link = &program.scheduler;
         makecontext(&fibre.context, (void (*)())enter, 0);
     }
-    std::vector<int> warps(threads * programs / 32);
+    std::vector<int> warps(threads / 32);
     for (size_t i = 0; i < warps.size(); ++i) warps[i] = i;
     for (bool left = true; left;) {
-        cluster.moved = false;
+        program.moved = false;
         left = false;
-        std::shuffle(warps.begin(), warps.end(), cluster.coin);
+        std::shuffle(warps.begin(), warps.end(), program.coin);
         for (int warp : warps) {
-            if (cluster.coin() % 4 == 0) {  // this warp is late
-                cluster.moved = true, left = true;
+            if (program.coin() % 4 == 0) {  // this warp is late
+                program.moved = true, left = true;
                 continue;
             }
             for (int lane = 0; lane < 32; ++lane) {
-                cluster.current = warp * 32 + lane;
-                Fibre& fibre = cluster.fibres[cluster.current];
-                cluster.inside = true;
-                if (!fibre.done) swapcontext(&cluster.scheduler, &fibre.context);
-                cluster.inside = false;
-                if (cluster.failed) return false;
+                program.current = warp * 32 + lane;
+                Fibre& fibre = program.fibres[program.current];
+                program.inside = true;
+                if (!fibre.done) swapcontext(&program.scheduler, &fibre.context);
+                program.inside = false;
+                if (program.failed) return false;
                 left |= !fibre.done;
             }
         }
-        for (size_t i = cluster.copies.size(); i-- > 0;)
-            if (cluster.coin() % 8 == 0) deliver(i);
-        if (!cluster.moved && !cluster.copies.empty()) deliver(cluster.coin() % cluster.copies.size());
-        if (!cluster.moved && left) {
+        for (size_t i = program.copies.size(); i-- > 0;)
+            if (program.coin() % 8 == 0) deliver(i);
+        if (!program.moved && !program.copies.empty()) deliver(program.coin() % program.copies.size());
+        if (!program.moved && left) {
             std::fprintf(stderr, "all threads wait for ever\n");
             return false;
         }
     }
-    bool whole = cluster.copies.empty();
-    for (auto& fibre : cluster.fibres) whole &= fibre.groups.empty() && fibre.open.empty();
+    bool whole = program.copies.empty();
+    for (auto& fibre : program.fibres) whole &= fibre.groups.empty() && fibre.open.empty();
     if (!whole) std::fprintf(stderr, "a copy or a product is under way at the end\n");
     return whole;
 }
@@ -240,32 +232,32 @@ inline u8 to_fp8(float x) {
 }
 
 // Byte k of row n of a matrix descriptor.
-inline u8 element(u64 matrix, int n, int k, int warpgroup_program) {
+inline u8 element(u64 matrix, int n, int k) {
     const u32 swizzle = matrix >> 62, stride = (matrix >> 32 & 0x3FFF) << 4, start = (matrix & 0x3FFF) << 4;
     const int row = swizzle == 1 ? 128 : swizzle == 2 ? 64 : (fail("a matrix must be swizzled by 128 or 64"), 0);
     const u32 at = start + n / 8 * stride + n % 8 * row + k;
     const u32 physical = at ^ (at >> 7 & (row / 16 - 1)) << 4;
     check(physical < BASE + SHARED, "a matrix lies outside of shared memory");
-    return now->shared[warpgroup_program][physical];
+    return now->shared[physical];
 }
 
 // A warp's 16 rows of a product: 32 of K for all columns.
 inline void multiply(int warp, size_t which) {
     Fibre* threads = &now->fibres[warp * 32];
     const Product first = threads[0].groups.front()[which];
-    const int program = warp * 32 / now->threads, rows = warp % 4 * 16;
+    const int rows = warp % 4 * 16;
     static std::vector<double> b;
     b.resize(32 * first.columns);
     for (int n = 0; n < first.columns; ++n)
         for (int k = 0; k < 32; ++k) {
-            const u8 x = element(first.b, n, k, program);
+            const u8 x = element(first.b, n, k);
             b[k * first.columns + n] = first.int8 ? (double)(signed char)x : fp8(x);
         }
     for (int row = 0; row < 16; ++row) {
         double a[32];
         for (int k = 0; k < 32; ++k) {
             if (first.from_memory) {
-                a[k] = (signed char)element(first.a, rows + row, k, program);
+                a[k] = (signed char)element(first.a, rows + row, k);
             } else {  // register (row / 8) + 2 (k / 16) of lane 4 (row % 8) + k % 16 / 4, byte k % 4
                 const Fibre& owner = threads[row % 8 * 4 + k % 16 / 4];
                 const u32 four = *owner.groups.front()[which].four[row / 8 + k / 16 * 2];
@@ -293,40 +285,27 @@ inline void multiply(int warp, size_t which) {
 
 }  // namespace machine
 
-DEVICE int thread() { return machine::now->current % machine::now->threads; }
-DEVICE int rank() { return machine::own(); }
-DEVICE int program() { return machine::now->index + rank(); }
-
-DEVICE float as_float(u32 x) {
-    float y;
-    std::memcpy(&y, &x, 4);
-    return y;
-}
-
-DEVICE u32 as_bits(float x) {
-    u32 y;
-    std::memcpy(&y, &x, 4);
-    return y;
-}
+DEVICE int thread() { return machine::now->current; }
+DEVICE int program() { return machine::now->index; }
 
 DEVICE u32 shared_memory() { return machine::BASE; }
 
 DEVICE void write_shared(u32 address, u32 value) {
     machine::check(address >= machine::BASE && address % 4 == 0 && address + 4 <= machine::BASE + machine::SHARED,
                    "a write outside of shared memory");
-    std::memcpy(machine::now->shared[machine::own()].data() + address, &value, 4);
+    std::memcpy(machine::now->shared.data() + address, &value, 4);
 }
 
 DEVICE u32 read_shared(u32 address) {
     u32 value;
-    std::memcpy(&value, machine::now->shared[machine::own()].data() + address, 4);
+    std::memcpy(&value, machine::now->shared.data() + address, 4);
     return value;
 }
 
-DEVICE void barrier_init(u32 at, u32 arrivals) { machine::now->barriers[{machine::own(), at}] = {arrivals, arrivals}; }
+DEVICE void barrier_init(u32 at, u32 arrivals) { machine::now->barriers[at] = {arrivals, arrivals}; }
 
-DEVICE void barrier_count(u32 at, int program, u32 bytes) {
-    auto& barrier = machine::barrier(at, program);
+DEVICE void barrier_count(u32 at, u32 bytes) {
+    auto& barrier = machine::barrier(at);
     machine::check(barrier.waiting > 0, "more arrivals than a barrier is for");
     barrier.bytes += bytes;
     --barrier.waiting;
@@ -334,46 +313,32 @@ DEVICE void barrier_count(u32 at, int program, u32 bytes) {
     machine::now->moved = true;
 }
 
-DEVICE void barrier_expect(u32 at, u32 bytes) { barrier_count(at, rank(), bytes); }
-DEVICE void barrier_arrive(u32 at) { barrier_count(at, rank(), 0); }
-DEVICE void barrier_arrive_at(u32 at, int program) { barrier_count(at, program, 0); }
+DEVICE void barrier_expect(u32 at, u32 bytes) { barrier_count(at, bytes); }
+DEVICE void barrier_arrive(u32 at) {
+    barrier_count(at, 0);
+    if (machine::now->coin() % 8 == 0) machine::be_late(machine::now->coin() % 64);
+}
 
 DEVICE void barrier_wait(u32 at, u32 parity) {
-    machine::wait_until([=] { return machine::barrier(at, rank()).odd != parity; });
+    machine::wait_until([=] { return machine::barrier(at).odd != parity; });
 }
 
-DEVICE void copy_into(int program, u32 to, const void* from, u32 bytes, u32 barrier) {
+DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     machine::check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a bulk copy is of 16-byte pieces");
     machine::check(to >= machine::BASE && to + bytes <= machine::BASE + machine::SHARED, "a copy outside of memory");
-    std::memset(machine::now->shared[program].data() + to, 0x7F, bytes);  // what is there is lost at once
-    machine::now->copies.push_back({program, to, bytes, barrier, from});
-}
-
-DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) { copy_into(rank(), to, from, bytes, barrier); }
-
-template <int PROGRAMS_OF_CLUSTER>
-void copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-    for (int program = 0; program < PROGRAMS_OF_CLUSTER; ++program) copy_into(program, to, from, bytes, barrier);
+    std::memset(machine::now->shared.data() + to, 0x7F, bytes);  // what is there is lost at once
+    machine::now->copies.push_back({to, bytes, barrier, from});
 }
 
 DEVICE void publish() {}
-DEVICE void synchronize() { machine::meet(machine::now->all[rank()], machine::now->threads); }
-
-DEVICE void cluster_arrive() {
-    machine::now->fibres[machine::now->current].met = machine::now->cluster.times;
-    machine::meet(machine::now->cluster, machine::now->fibres.size(), false);
-}
-DEVICE void cluster_wait() {
-    const u32 times = machine::now->fibres[machine::now->current].met;
-    machine::wait_until([=] { return machine::now->cluster.times != times; });
-}
-
-template <int COUNT>
-void more_registers() {}
-template <int COUNT>
-void fewer_registers() {}
+DEVICE void synchronize() { machine::meet(machine::now->all, machine::now->fibres.size()); }
 
 DEVICE void meet_warp() { machine::meet(machine::now->warps[machine::now->current / 32], 32); }
+
+DEVICE bool one_lane() {
+    meet_warp();
+    return machine::now->current % 32 == 0;
+}
 
 DEVICE bool any_lane(bool x) {
     bool any = false;
@@ -383,18 +348,11 @@ DEVICE bool any_lane(bool x) {
 
 DEVICE int same_in_warp(int x) { return (int)machine::exchange(x)[0]; }
 DEVICE u32 from_lane(u32 x, int distance) { return machine::exchange(x)[machine::now->current % 32 ^ distance]; }
-DEVICE float from_lane(float x, int distance) { return as_float(from_lane(as_bits(x), distance)); }
+DEVICE float from_lane(float x, int distance) { return as_float(from_lane((u32)as_int(x), distance)); }
 
-DEVICE float exp2_unit(float x) {
-    const float y = std::exp2(x);
-    return y < 1.17549435e-38f ? 0 : y;
-}
-
-DEVICE float log2_unit(float x) { return std::log2(x); }
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 DEVICE u32 larger(u32 a, u32 b) { return (int)a > (int)b ? a : b; }
-DEVICE float reciprocal(float x) { return 1 / x; }
 DEVICE float to_float(u32 x) { return (float)(int)x; }
 DEVICE u32 add_bytes(u32 x, u32 sum) { return sum + (x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24); }
 
@@ -413,22 +371,6 @@ DEVICE u32 pack_bytes(float a, float b, float c, float d) {
         packed |= (u32)bits << shift, shift += 8;
     }
     return packed;
-}
-
-DEVICE u32 pack_fp16(float a, float b) {
-    const _Float16 both[2] = {(_Float16)a, (_Float16)b};
-    u32 packed;
-    std::memcpy(&packed, both, 4);
-    return packed;
-}
-
-DEVICE u32 pack_bf16(float a, float b) {
-    u32 packed[2];
-    for (int i = 0; i < 2; ++i) {
-        const u32 x = as_bits(i ? b : a);
-        packed[i] = (x + 0x7FFF + (x >> 16 & 1)) >> 16;
-    }
-    return packed[0] | packed[1] << 16;
 }
 
 template <int ROW_BYTES>
@@ -465,10 +407,7 @@ void products_wait() {
             for (int i = 0; i < 128; ++i) all &= warpgroup[i].committed >= next;
             return all;
         });
-        for (int late = machine::now->coin() % 8; late > 0; --late) {
-            machine::now->moved = true;
-            machine::yield();
-        }
+        machine::be_late(machine::now->coin() % 8);
         for (size_t i = 0; i < fibre.groups.front().size(); ++i) machine::multiply(mine / 32, i);
         for (int i = 0; i < 32; ++i) warp[i].groups.pop_front(), ++warp[i].finished;
     }
@@ -476,8 +415,6 @@ void products_wait() {
 
 template <class T, int N>
 void settle(T (&)[N]) {}
-
-DEVICE u32 moved(u32 x) { return x; }
 
 template <int COUNT>
 struct Columns {};

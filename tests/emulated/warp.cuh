@@ -2,22 +2,18 @@
 // others, which then run. So that what is not waited for goes wrong, a warp runs as far as it can before the next does,
 // copies arrive as late as they may, and shared memory starts as rubbish.
 #pragma once
+#include <arithmetic.cuh>
 #include <calling.cuh>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <utility>
 #include <vector>
 
 using std::max;
 using std::min;
-using Word = uint32_t;
 
 namespace emulated {
 
@@ -40,7 +36,7 @@ struct Meeting {
 };
 struct Warp {
     Meeting meeting;
-    Word given[2][32][8];  // what lanes give each other, in turns
+    u32 given[2][32][8];  // what lanes give each other, in turns
 };
 
 struct Block {
@@ -52,11 +48,6 @@ struct Block {
     int thread = 0, index = 0;
 };
 inline Block* block;
-
-inline void wrong(const char* what) {
-    std::fprintf(stderr, "emulated kernel: %s\n", what);
-    std::abort();
-}
 
 inline Thread& self() { return block->threads[block->thread]; }
 inline Warp& own_warp() { return block->warps[block->thread / 32]; }
@@ -79,7 +70,7 @@ bool any(int first, int end, Condition holds) {
 
 // What every lane of the warp gives, for all of them
 template <int COUNT>
-auto exchange(const Word (&own)[COUNT]) {
+auto exchange(const u32 (&own)[COUNT]) {
     auto& given = own_warp().given[self().exchanges++ % 2];
     std::copy(own, own + COUNT, given[lane()]);
     meet(own_warp().meeting);
@@ -92,13 +83,13 @@ inline void check_shared(const char* address, int bytes) {
     if (offset % bytes) wrong("an address in shared memory that is no multiple of its size");
 }
 
-inline int number(Word word, int place, bool is_signed) {
+inline int number(u32 word, int place, bool is_signed) {
     int x = word >> 4 * place & 15;
     return is_signed && x > 7 ? x - 16 : x;
 }
 
-inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b, bool is_signed) {
-    Word own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+inline void multiply(int (&sum)[4], const int* start, const u32 (&a)[4], const u32* b, bool is_signed) {
+    u32 own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     auto given = exchange(own);
     for (int i = 0; i < 4; i++) {
         int row = lane() / 4, column = lane() % 4 * 2 + i % 2;
@@ -111,7 +102,7 @@ inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const 
     }
 }
 
-inline void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], Word b) {
+inline void multiply_bytes(int (&sum)[4], const int* start, const u32 (&a)[2], u32 b) {
     auto given = exchange({a[0], a[1], b});
     for (int i = 0; i < 4; i++) {
         sum[i] = start[i];
@@ -120,19 +111,6 @@ inline void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], 
                 sum[i] += (int)(given[lane() / 4 * 4 + t][i / 2] >> place & 255) *
                           (signed char)(given[4 * (lane() % 4 * 2 + i % 2) + t][2] >> place);
     }
-}
-
-inline double from_half(Word bits) {
-    int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-    return bits & 0x8000 ? -size : size;
-}
-inline Word as_half(double x) {
-    if (!(std::fabs(x) < 65520)) wrong("a number too large for half precision");
-    int exponent = x == 0 ? -14 : max(std::ilogb(x), -14);
-    double fraction = std::nearbyint(std::ldexp(std::fabs(x), 10 - exponent));
-    Word sign = std::signbit(x) ? 0x8000 : 0;
-    return sign + (fraction < 1024 ? Word(fraction) : Word(fraction) - 1024 + (Word(exponent + 15) << 10));
 }
 
 inline void (*kernel_of_block)();
@@ -167,7 +145,6 @@ inline void run_block(int index, int threads, int shared_bytes) {
 }  // namespace emulated
 
 #define KERNEL(threads, programs) static void
-#define DEVICE inline
 #define UNROLL
 // The function that runs a kernel; true, since what is wrong ends the process
 #define EMULATED(kernel)                                                                               \
@@ -188,65 +165,45 @@ inline void barrier() {
     for (auto& thread : emulated::block->threads) thread.at_barrier = false;
 }
 
-inline float as_float(int bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-inline int as_int(float x) {
-    int bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-
-inline int shuffle(int x, int from) { return emulated::exchange({(Word)x})[from][0]; }
+inline int shuffle(int x, int from) { return emulated::exchange({(u32)x})[from][0]; }
 inline int shuffle_xor(int x, int mask) { return shuffle(x, emulated::lane() ^ mask); }
 
-inline float exp2_fast(float x) { return std::exp2(x); }
-inline float reciprocal_fast(float x) { return 1 / x; }
-inline float log2_fast(float x) { return std::log2(x); }
-
-inline Word to_half(float low, float high) { return emulated::as_half(low) | emulated::as_half(high) << 16; }
-inline Word to_bfloat16(float low, float high) {
-    auto rounded = [](float x) { return ((Word)as_int(x) + 0x7FFF + ((Word)as_int(x) >> 16 & 1)) >> 16; };
-    return rounded(low) | rounded(high) << 16;
-}
-inline Word fma_half(Word x, Word y, Word z) {
+inline u32 fma_half(u32 x, u32 y, u32 z) {
     using emulated::from_half;
     auto half = [&](int shift) {
-        auto at = [&](Word pair) { return from_half(pair >> shift & 0xFFFF); };
+        auto at = [&](u32 pair) { return from_half(pair >> shift & 0xFFFF); };
         return emulated::as_half(at(x) * at(y) + at(z)) << shift;
     };
     return half(0) | half(16);
 }
-inline Word pick_bytes(Word low, Word high, Word bytes) {
+inline u32 pick_bytes(u32 low, u32 high, u32 bytes) {
     uint64_t both = (uint64_t)high << 32 | low;
-    Word picked = 0;
-    for (int i = 0; i < 4; i++) picked |= (Word)(both >> 8 * (bytes >> 4 * i & 7) & 255) << 8 * i;
+    u32 picked = 0;
+    for (int i = 0; i < 4; i++) picked |= (u32)(both >> 8 * (bytes >> 4 * i & 7) & 255) << 8 * i;
     return picked;
 }
 
-inline void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
+inline void multiply(int (&sum)[4], const int* start, const u32 (&a)[4], const u32* b) {
     emulated::multiply(sum, start, a, b, true);
 }
-inline void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
+inline void multiply_unsigned(int (&sum)[4], const int* start, const u32 (&a)[4], const u32* b) {
     emulated::multiply(sum, start, a, b, false);
 }
 
-inline void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], Word b) {
+inline void multiply_bytes(int (&sum)[4], const int* start, const u32 (&a)[2], u32 b) {
     emulated::multiply_bytes(sum, start, a, b);
 }
 
-inline void load_matrices(Word (&parts)[4], const char* row) {
+inline void load_matrices(u32 (&parts)[4], const char* row) {
     emulated::check_shared(row, 16);
-    Word offset = row - emulated::block->shared.data();
+    u32 offset = row - emulated::block->shared.data();
     auto given = emulated::exchange({offset});
     for (int one = 0; one < 32; one++)
         for (int other = one / 8 * 8; other < one; other++)
             if (given[one][0] != given[other][0] && (given[one][0] - given[other][0]) % 128 == 0)
                 emulated::wrong("two rows of a matrix in the same banks of shared memory");
     for (int i = 0; i < 4; i++) {
-        Word from = given[8 * i + emulated::lane() / 4][0] + emulated::lane() % 4 * 4;
+        u32 from = given[8 * i + emulated::lane() / 4][0] + emulated::lane() % 4 * 4;
         std::memcpy(&parts[i], emulated::block->shared.data() + from, 4);
     }
 }
@@ -264,7 +221,7 @@ void wait_for_groups() {
         for (auto& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
 }
 
-inline void store_words(char* to, const Word* words) {
+inline void store_words(char* to, const u32* words) {
     if ((uintptr_t)to % 16) emulated::wrong("an address in global memory that is no multiple of 16");
     std::memcpy(to, words, 16);
 }

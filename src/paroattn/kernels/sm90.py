@@ -9,7 +9,7 @@ from .prepare import Operands
 from .tiles import Pipeline
 
 SOURCE, NAME, ARCH = "sm90.cu", "sm90_attention", "sm_90a"
-ROWS = 64
+ROWS, THREADS = 64, 128
 POINTERS = (
     "q", "k", "v", "q_scale", "k_scale", "v_scale", "shift", "lists", "counts", "bits", "tiles", "table", "order",
     "valid", "out", "lse",
@@ -26,30 +26,18 @@ def macros(pipeline: Pipeline, block: tuple[int, int], d_pad: int, pv: str, dtyp
         "QUERIES": block[0],
         "KEYS": block[1],
         "INT8_VALUES": int(pv == "int8"),
-        "WARPGROUPS": pipeline.warpgroups,
-        "CLUSTER": pipeline.cluster,
         "STAGES": pipeline.stages,
         "PROGRAMS": pipeline.programs,
-        "PRODUCER": int(pipeline.warpgroups > 1),
-        "AHEAD": int(pipeline.ahead),
-        "BIASED": int(pipeline.biased),
-        "PROMOTE": pipeline.promote,
-        "MATRIX_SUMS": int(pipeline.matrix_sums),
         "OUT_BYTES": dtype.itemsize,
         "OUT_IS_BF16": int(dtype == torch.bfloat16),
     }
 
 
-def threads(pipeline: Pipeline) -> int:
-    """Threads of a program."""
-    return 128 * (pipeline.warpgroups + (pipeline.warpgroups > 1))
-
-
-def shared_bytes(pipeline: Pipeline, keys: int, d_pad: int) -> int:
+def shared_bytes(pipeline: Pipeline, keys: int, d_pad: int, pv: str) -> int:
     """Shared memory of a program, as the source lays it out."""
-    ones = 8 * keys if pipeline.matrix_sums else 0
-    queries, stage = (-(-size // 1024) * 1024 for size in (pipeline.warpgroups * ROWS * d_pad, 2 * keys * d_pad + ones))
-    return queries + pipeline.stages * (stage + 32) + 8
+    ones = 8 * keys if pv == "fp8" else 0
+    stage = -(-(2 * keys * d_pad + ones) // 1024) * 1024
+    return ROWS * d_pad + pipeline.stages * (stage + 48) + 8
 
 
 def launch(
@@ -66,22 +54,14 @@ def launch(
         arguments: As `sparse.attend` names them.
 
     Raises:
-        ValueError: If the pipeline does not fit the blocks or the format.
         RuntimeError: If the kernel does not compile or start.
     """
-    d_pad, rows = operands.q.shape[-1], pipeline.warpgroups * ROWS
-    split = block[0] // rows
-    if (
-        block[0] % rows
-        or pipeline.cluster not in (1, split)
-        or (pv == "int8" and (pipeline.matrix_sums or pipeline.promote != 1))
-    ):
-        raise ValueError(f"{pipeline} must fit {pv} and blocks of {block[0]} queries; got {rows} rows for a program")
+    d_pad, split = operands.q.shape[-1], block[0] // ROWS
     values = {name: getattr(operands, name) for name in FROM_OPERANDS}
     values |= {name: arguments[f"{name}_ptr"] for name in POINTERS if name not in FROM_OPERANDS}
     values |= {name: values[name].int() for name in INDICES}
     kernel = native.kernel(SOURCE, NAME, ARCH, **macros(pipeline, block, d_pad, pv, values["out"].dtype))
     kernel.launch(
-        programs * split, threads(pipeline), shared_bytes(pipeline, block[1], d_pad),
+        programs * split, THREADS, shared_bytes(pipeline, block[1], d_pad, pv),
         *(values[name] for name in POINTERS), *(arguments[name] for name in SIZES),
     )  # fmt: skip

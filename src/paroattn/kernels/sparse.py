@@ -13,10 +13,10 @@ from ..precision import Precision
 from . import portable
 from .prepare import Operands, _signs, prepare
 from .tiles import (
-    ALONE,
     BLOCKS,
     LARGEST_HEAD,
     LOWEST_CAPABILITY,
+    PIPELINE_OF,
     WARPS,
     Pipeline,
     Ring,
@@ -83,7 +83,7 @@ def sparse_attention(
         if four_bit_units:
             tile = WARPS[d_pad, mask.block[1]]
         elif warpgroup_units:
-            tile = pipeline_of(precision, mask.block, d_pad) or ALONE[d_pad]
+            tile = pipeline_of(precision, mask.block, d_pad) or PIPELINE_OF[d_pad]
         else:
             tile = tile_of(capability(q.device), precision, mask.block, d_pad)
         operands = prepare(

@@ -54,27 +54,15 @@ class Ring:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How a program of `sm90.py` is compiled.
+    """How a program of `sm90.py`, 64 query rows, is compiled.
 
     Attributes:
         programs: Programs that share a multiprocessor.
         stages: Key blocks in its ring.
-        warpgroups: Warpgroups of 64 rows that share the ring; more than one has a producer warpgroup beside them.
-        cluster: Programs on neighbouring multiprocessors that share loads: 1, or all parts of a query block.
-        ahead: Multiply the values of a block while the weights of the next are made.
-        biased: Products of scores start at the bias that lets their bits be read as floats; else it is added later.
-        promote: FP8 products of so many blocks add up in the matrix units, with 14 bits, before float32.
-        matrix_sums: FP8 rows are summed by matrix units, after rounding.
     """
 
     programs: int
     stages: int
-    warpgroups: int = 1
-    cluster: int = 1
-    ahead: bool = False
-    biased: bool = False
-    promote: int = 1
-    matrix_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,13 +126,14 @@ RINGS = {
     ("int8", 64, 64): Ring(4, 96, matrix_sums=True),
 }
 """Where Triton has Gluon as `hopper.py` needs it; elsewhere the portable kernel computes the same."""
-ALONE = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
-"""By D': whatever the blocks and the format."""
+PIPELINE_OF = {128: Pipeline(programs=3, stages=2), 64: Pipeline(programs=4, stages=2)}
+"""By D', whatever the blocks and the format: fastest of those measured on an H200."""
 PIPELINES = {
     # (format of P·V, D', blocks), for INT8 Q·K: those that beat the Gluon kernel on an H200
-    ("fp8", 128, (128, 128)): Pipeline(programs=3, stages=2, matrix_sums=True),
-    ("int8", 128, (128, 128)): ALONE[128],
-    ("int8", 64, (64, 128)): ALONE[64],
+    ("fp8", 128, (128, 128)): PIPELINE_OF[128],
+    ("int8", 128, (128, 128)): PIPELINE_OF[128],
+    ("fp8", 64, (64, 128)): PIPELINE_OF[64],
+    ("int8", 64, (64, 128)): PIPELINE_OF[64],
 }
 """What GPUs of capability 9.0 do in CUDA C++ by themselves; elsewhere the Gluon kernel runs."""
 WARPS = {

@@ -31,7 +31,7 @@ constexpr float STEEPEST = 10;  // already here nothing is left of smaller score
 constexpr int THREADS = 32 * WARPS;
 constexpr int RUNS = KEYS / 32;  // of keys that share high and low
 constexpr int HALVES = KEYS / 64;  // of a key block: what one product of V's multiplies
-constexpr Word LEFT_OVER = 0x0F0F0F0F, EIGHT_TWICE = 0x00080008;
+constexpr u32 LEFT_OVER = 0x0F0F0F0F, EIGHT_TWICE = 0x00080008;
 constexpr int TILE = 8;          // columns of an accumulator, rows of a right operand
 
 // Rows of a right operand, CHUNKS times 16 bytes each, arranged so that a chunk of eight rows lies in different banks,
@@ -67,13 +67,13 @@ using ValueRows = Rows<D_PAD, KEYS / 32 + 1>;
 constexpr int STAGE_BYTES = KeyRows::BYTES + ValueRows::BYTES;
 
 using Tile = int[4];   // accumulator: two columns of a lane's upper row, then of its lower row
-using Left = Word[4];  // left operand: upper row, lower row, both again for the second half of 64 columns
+using Left = u32[4];  // left operand: upper row, lower row, both again for the second half of 64 columns
 
 // The online softmax of a row
 struct Softmax {
     float m = -1e30f, total = 0;
     float scale, origin, old_share, share, start;
-    Word unit;
+    u32 unit;
 
     // Go on to the next key block, by its largest score
     DEVICE void take(int largest, float block_scale) {
@@ -95,7 +95,7 @@ struct Softmax {
 
 // Scores of a key block for a warp's rows
 DEVICE void multiply_keys(Tile (&s)[KEYS / TILE], const Left (&q)[KeyRows::PRODUCTS], const char* keys, int lane) {
-    Word parts[4];
+    u32 parts[4];
     Tile middle = {BIAS, 0, BIAS, 0};  // low and high of a run: of the four lanes of a row, each has another
     load_matrices(parts, keys + KeyRows::place(KEYS + lane % 8 % (2 * RUNS), lane / 8 % (D_PAD / 32)));
     UNROLL
@@ -128,7 +128,7 @@ DEVICE int largest(const Tile (&s)[KEYS / TILE], int row) {
 
 // Where the sums of `four_bits.round_weights` start, over 1024 in half precision: of an even tile's two columns in the
 // upper row. Of an odd tile, or in the lower row, they are 8 off.
-DEVICE Word start_of_sums(int row, int column) {
+DEVICE u32 start_of_sums(int row, int column) {
     int first = 3 * row + 2 * column;
     return (first & 15) + ((first + 9 & 15) << 16) + 0x64006400;
 }
@@ -136,14 +136,14 @@ DEVICE Word start_of_sums(int row, int column) {
 // The weights of 64 keys of a row, which lie in eight tiles, rounded to four bits. The low bytes of their sums in half
 // precision hold them modulo 16, and what is left. With the latter all ones, differences between steps lose nothing to
 // the byte beside them but some of these ones.
-DEVICE void round_weights(Word* p, const Tile* s, int row, const Softmax& softmax, Word start) {
-    Word even = row ? start ^ EIGHT_TWICE : start, odd = even ^ EIGHT_TWICE, before = 0, grown[2];
+DEVICE void round_weights(u32* p, const Tile* s, int row, const Softmax& softmax, u32 start) {
+    u32 even = row ? start ^ EIGHT_TWICE : start, odd = even ^ EIGHT_TWICE, before = 0, grown[2];
     UNROLL
     for (int step = 0; step < 4; step++) {
         const int *x = s[2 * step] + 2 * row, *y = s[2 * step + 1] + 2 * row;
         even = fma_half(to_half(softmax.weight(x[0]), softmax.weight(x[1])), softmax.unit, even);
         odd = fma_half(to_half(softmax.weight(y[0]), softmax.weight(y[1])), softmax.unit, odd);
-        Word sums = pick_bytes(even, odd, 0x6420) | LEFT_OVER;
+        u32 sums = pick_bytes(even, odd, 0x6420) | LEFT_OVER;
         grown[step % 2] = step ? sums - before + LEFT_OVER : sums;
         before = sums;
         if (step % 2) p[step / 2] = (grown[0] >> 4 & 0x0F0F0F0F) | (grown[1] & 0xF0F0F0F0);
@@ -155,8 +155,8 @@ DEVICE void add_up(Tile& sums, const Left (&p)[HALVES], const Tile& nothing, int
     UNROLL
     for (int half = 0; half < HALVES; half++) {
         int run = lane / 4 - 4 * half;
-        Word ones = run % 2 ? 0x10101010 : 0x01010101;
-        const Word members[2] = {run / 2 == 0 && run >= 0 ? ones : 0, run / 2 == 1 ? ones : 0};
+        u32 ones = run % 2 ? 0x10101010 : 0x01010101;
+        const u32 members[2] = {run / 2 == 0 && run >= 0 ? ones : 0, run / 2 == 1 ? ones : 0};
         multiply_unsigned(sums, half ? sums : nothing, p[half], members);
     }
 }
@@ -164,14 +164,14 @@ DEVICE void add_up(Tile& sums, const Left (&p)[HALVES], const Tile& nothing, int
 // Add the values of a key block to the output
 DEVICE void add_values(float (&acc)[D_PAD / TILE][4], const Left (&p)[HALVES], const Tile& sums, const char* values,
                        const Softmax (&softmax)[2], const Tile& nothing, int lane) {
-    const Word of_runs[2] = {pick_bytes(sums[0], sums[1], 0x1140), pick_bytes(sums[2], sums[3], 0x1140)};
+    const u32 of_runs[2] = {pick_bytes(sums[0], sums[1], 0x1140), pick_bytes(sums[2], sums[3], 0x1140)};
     UNROLL
     for (int four = 0; four < D_PAD / TILE; four += 4) {
-        Word middles[4];
+        u32 middles[4];
         load_matrices(middles, values + ValueRows::place(lane, KEYS / 32) + four * ValueRows::TILE_BYTES);
         UNROLL
         for (int tile = four; tile < four + 4; tile += ValueRows::AT_ONCE) {
-            Word parts[4];
+            u32 parts[4];
             Tile product[ValueRows::AT_ONCE];
             load_matrices(parts, values + ValueRows::named(lane) + tile * ValueRows::TILE_BYTES);
             UNROLL
@@ -194,7 +194,7 @@ DEVICE void add_values(float (&acc)[D_PAD / TILE][4], const Left (&p)[HALVES], c
 // Write eight neighbouring channels, or those that are left of them
 DEVICE void store(void* out, long long start, const float (&x)[8], int left) {
     constexpr int EACH = 32 / OUT_BITS, COUNT = 8 / EACH;
-    Word words[COUNT];
+    u32 words[COUNT];
     UNROLL
     for (int i = 0; i < COUNT; i++)
         words[i] = EACH == 1      ? as_int(x[i])
@@ -210,7 +210,7 @@ DEVICE void store(void* out, long long start, const float (&x)[8], int left) {
         for (int i = 0; i < 8; i++) {
             if (i >= left) continue;
             if (EACH == 1)
-                ((Word*)to)[i] = words[i];
+                ((u32*)to)[i] = words[i];
             else
                 ((unsigned short*)to)[i] = words[i / EACH] >> 16 * (i % 2);
         }
@@ -233,7 +233,7 @@ struct Place {
 };
 
 KERNEL(THREADS, PROGRAMS)
-attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, const float* k_scale,
+attend_int4(const u32* q, const char* k, const char* v, const float* q_scale, const float* k_scale,
             const float* v_scale, const float* shift, const short* lists, const int* counts,
             const unsigned char* bits, const int* tiles, const int* table, const int* order, const int* valid,
             void* out, float* lse, int batch, int tokens, int heads, int row_blocks, int key_blocks,
@@ -266,7 +266,7 @@ attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, c
     for (int x = 0; x < 4 * KeyRows::PRODUCTS; x++)
         query[x / 4][x % 4] = q[(at.q_row + x % 2 * 8) * (D_PAD / 8) + x / 2 * 4 + column];
     const float row_scales[2] = {q_scale[at.q_row], q_scale[at.q_row + 8]};
-    const Word start = start_of_sums(at.row, column);
+    const u32 start = start_of_sums(at.row, column);
     // Were it known to the compiler, it would be made anew for each product instead of kept in registers
     const int bias = at.row >= 0 ? BIAS : 0;
     const Tile nothing = {bias, bias, bias, bias};
@@ -295,7 +295,7 @@ attend_int4(const Word* q, const char* k, const char* v, const float* q_scale, c
         Left p[HALVES];
         UNROLL
         for (int half = 0; half < HALVES; half++) {
-            Word weights[2][2];
+            u32 weights[2][2];
             UNROLL
             for (int r = 0; r < 2; r++) round_weights(weights[r], s + 8 * half, r, softmax[r], start);
             UNROLL

@@ -1,7 +1,7 @@
 // Block-sparse attention on sm_90a: INT8 Q·K, FP8 or INT8 P·V. What it computes is written down in ../reference.py.
 //
-// A program has WARPGROUPS warpgroups of 64 query rows, a query block together or a part of one, which share a ring of
-// STAGES kept blocks of K and V (sm90_ring.cuh). In a warpgroup, block after block, in base 2 (scales carry log2 e):
+// A program is a warpgroup, for 64 query rows, a query block or a part of one. Kept blocks of K and V reach it through a
+// ring of STAGES (sm90_ring.cuh). Block after block, in base 2 (scales carry log2 e):
 //
 //     s = q kᵀ                            on matrix units; 12582912 is added, so that its bits read as a float
 //     FP8   if any s·scale > m + 1:       m ← row maximum; what was added so far shrinks. Rare after the first blocks
@@ -11,26 +11,22 @@
 //     acc, total += (p v, row sum of p) · share
 // out = acc / total · v_scale
 //
-// AHEAD: the products of s for block i and of p v for block i − 1 are started together, and while the second runs, the
-// weights of block i are made from the first. BIASED: products of s start at the bias, instead of an addition to each
-// score. PROMOTE: FP8 products of so many blocks add up in the matrix units, which keep 14 bits, before they are added to
-// acc in float32. MATRIX_SUMS: FP8 rows are summed by eight further columns of ones.
+// FP8 rows are summed by eight further columns of ones.
 #include <sm90_ring.cuh>
 
 constexpr int SCORES = KEYS / 2;  // per thread, like all that follow
 constexpr int OUT = HEAD_DIM / 2;
-constexpr int SUMS = OUT + (MATRIX_SUMS ? 4 : 0);
+constexpr int SUMS = OUT + (INT8_VALUES ? 0 : 4);
 
 constexpr u32 BIAS_BITS = 0x4B400000;
 constexpr float BIAS = 12582912.0f;
 constexpr float TOP = INT8_VALUES ? 7.994353436858858f : 7.807354922057604f;  // log2 255 and log2 224
 constexpr float SLACK = INT8_VALUES ? 64.0f : 1.0f;
 constexpr u32 LOWEST = 0xFF800000;  // −∞, and less than every biased score as an integer too
-constexpr u32 STILL_TO_ADD = BIASED ? 0 : BIAS_BITS;
-constexpr u32 HIDDEN = LOWEST - STILL_TO_ADD;
+constexpr u32 HIDDEN = LOWEST - BIAS_BITS;
 
 #if OUT_BYTES == 2
-DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? pack_bf16(a, b) : pack_fp16(a, b); }
+DEVICE u32 pack_output(float a, float b) { return OUT_IS_BF16 ? to_bfloat16(a, b) : to_half(a, b); }
 #else
 DEVICE u32 pack_output(float a, float b) { return 0; }
 #endif
@@ -43,14 +39,12 @@ struct alignas(16) Piece {
 // them in registers 4 c + 2 r + i.
 struct Rows {
     float q_scale[2], m[2] = {-1e30f, -1e30f}, total[2] = {0, 0};
-    float scale[2], origin[2], share[2] = {1, 1}, shrink[2];
+    float scale[2], origin[2], highest[2], share[2] = {1, 1}, shrink[2];
+    u32 bytes[2];
     bool grown;
 
-    // Scores → what depends on maxima: p = exp2(s · scale + origin), share, and how much all before it shrinks.
-    template <int N>
-    DEVICE void look(const u32 (&s)[N], float k_scale) {
-        float highest[2];
-        u32 top[2];
+    // Scores → what their weights depend on: p = exp2(s · scale + origin).
+    DEVICE void look(const u32 (&s)[SCORES], float k_scale) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             scale[r] = q_scale[r] * k_scale;
@@ -58,52 +52,59 @@ struct Rows {
 #pragma unroll
             for (int c = 2; c < SCORES / 4; ++c)
                 half[c % 2] = larger(larger(half[c % 2], s[4 * c + 2 * r]), s[4 * c + 2 * r + 1]);
-            top[r] = larger(half[0], half[1]) + STILL_TO_ADD;
-            if (INT8_VALUES) top[r] = row_maximum(top[r]);
-            highest[r] = (as_float(top[r]) - BIAS) * scale[r];
+            u32 top = larger(half[0], half[1]) + BIAS_BITS;
+            if (INT8_VALUES) top = row_maximum(top);
+            highest[r] = (as_float(top) - BIAS) * scale[r];
         }
+        if (!INT8_VALUES) grow();
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            origin[r] = (INT8_VALUES ? TOP - 24 - highest[r] : TOP - m[r]) - BIAS * scale[r];
+    }
+
+    // If a row is far above m, m becomes its maximum, and all before shrinks.
+    DEVICE void grow() {
         shrink[0] = shrink[1] = 1;
         grown = any_lane(highest[0] > m[0] + SLACK || highest[1] > m[1] + SLACK);
-        if (grown) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float b = INT8_VALUES ? highest[r] : (as_float(row_maximum(top[r])) - BIAS) * scale[r];
-                const float larger_m = larger(m[r], b);
-                shrink[r] = exp2_unit(m[r] - larger_m);
-                total[r] *= shrink[r];
-                m[r] = larger_m;
-            }
-        }
+        if (!grown) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            origin[r] = INT8_VALUES ? TOP - 24 - as_float(top[r]) * scale[r] : TOP - (m[r] + BIAS * scale[r]);
-            if (INT8_VALUES) share[r] = exp2_unit(highest[r] - m[r]);
+            const float larger_m = larger(m[r], INT8_VALUES ? highest[r] : row_maximum(highest[r]));
+            shrink[r] = exp2_fast(m[r] - larger_m);
+            total[r] *= shrink[r];
+            m[r] = larger_m;
+        }
+    }
+
+    // INT8: the weights' part of the sums.
+    DEVICE void add() {
+        if (!INT8_VALUES) return;
+        grow();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            share[r] = exp2_fast(highest[r] - m[r]);
+            total[r] = multiply_add(to_float(bytes[r]), share[r], total[r]);
         }
     }
 
     // Scores → p in 8 bits: of 32 keys, 2 h + r has columns 16 h + 8 g + 2 t + i of row r for bytes 2 g + i. Eight at a
     // time, so that the assembler mixes what they need with the exponentials of others.
     DEVICE void weigh(const u32 (&s)[SCORES], u32 (&p)[SCORES / 4]) {
-        u32 sum[2] = {0, 0};
+        bytes[0] = bytes[1] = 0;
 #pragma unroll
         for (int i = 0; i < SCORES; i += 8) {
             float x[8];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const int r = j / 2 % 2;
-                x[j] = exp2_unit(multiply_add(as_float(s[i + j] + STILL_TO_ADD), scale[r], origin[r]));
-                if (!INT8_VALUES && !MATRIX_SUMS) total[r] += x[j];
+                x[j] = exp2_fast(multiply_add(as_float(s[i + j] + BIAS_BITS), scale[r], origin[r]));
             }
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 u32& four = p[i / 4 + r];
                 four = pack(x[2 * r], x[2 * r + 1], x[4 + 2 * r], x[5 + 2 * r]);
-                if (INT8_VALUES) sum[r] = add_bytes(four, sum[r]);
+                if (INT8_VALUES) bytes[r] = add_bytes(four, bytes[r]);
             }
-        }
-        if (INT8_VALUES) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) total[r] = multiply_add(to_float(sum[r]), share[r], total[r]);
         }
     }
 
@@ -111,7 +112,8 @@ struct Rows {
         return INT8_VALUES ? pack_bytes(a, b, c, d) : pack_fp8(a, b, c, d);
     }
 
-    static DEVICE u32 row_maximum(u32 x) {
+    template <class T>
+    static DEVICE T row_maximum(T x) {
         x = larger(x, from_lane(x, 1));
         return larger(x, from_lane(x, 2));
     }
@@ -121,60 +123,42 @@ struct Consumer {
     const Arguments& a;
     const Work& w;
     const u32 memory;
-    const int warpgroup;
     Rows rows;
     float acc[SUMS];
     u32 sums[SUMS];  // products with V that are not yet in acc, floats for FP8
     u32 s[SCORES], p[SCORES / 4];
 
-    DEVICE Consumer(const Arguments& a, const Work& w, u32 memory)
-        : a(a), w(w), memory(memory), warpgroup(same_in_warp(thread() / 128)) {
-        const int row = warpgroup * ROWS + thread() % 128 / 32 * 16 + thread() % 32 / 4;
+    DEVICE Consumer(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row + 8 * r];
+        for (int r = 0; r < 2; ++r) rows.q_scale[r] = a.q_scale[w.q_row + row() + 8 * r];
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) acc[i] = 0, sums[i] = 0;
+        for (int i = 0; i < SUMS; ++i) acc[i] = 0;
     }
 
-    // Scores of nothing.
-    DEVICE void clear() {
-        if constexpr (BIASED) {
-#pragma unroll
-            for (int i = 0; i < SCORES; ++i) s[i] = BIAS_BITS;
-            settle(s);
-        }
-    }
+    // The first row of this thread.
+    static DEVICE int row() { return thread() / 32 * 16 + thread() % 32 / 4; }
 
     DEVICE void start_scores(const Place& at) {
         products_begin();
-        const u64 q = descriptor<HEAD_DIM>(memory + warpgroup * ROWS * HEAD_DIM);
-        const u64 k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
+        const u64 q = descriptor<HEAD_DIM>(memory), k = descriptor<HEAD_DIM>(at.at(memory) + K_AT);
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 32; ++c)
-            multiply_scores(Columns<KEYS>(), s, q + 2 * c, k + 2 * c, BIASED || c > 0);
+        for (int c = 0; c < HEAD_DIM / 32; ++c) multiply_scores(Columns<KEYS>(), s, q + 2 * c, k + 2 * c, c > 0);
         products_commit();
     }
 
     template <int N>
-    DEVICE void start_values(u32 (&sums)[N], const Place& at, int i) {
+    DEVICE void start_values(u32 (&sums)[N], const Place& at) {
         products_begin();
         const u64 v = descriptor<KEYS>(at.at(memory) + V_AT);
-        const bool fresh = i % PROMOTE == 0;
 #pragma unroll
         for (int c = 0; c < KEYS / 32; ++c) {
             const u32* four = p + 4 * c;
             if constexpr (INT8_VALUES)
-                multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+                multiply_bytes(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0);
             else
-                multiply_fp8(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0 || !fresh);
+                multiply_fp8(Columns<2 * SUMS>(), sums, four[0], four[1], four[2], four[3], v + 2 * c, c > 0);
         }
         products_commit();
-    }
-
-    // Scores of block i, complete → what its weights depend on.
-    DEVICE void look(int i, float k_scale) {
-        if (i == w.whole) hide();
-        rows.look(s, k_scale);
     }
 
     // Scores of keys that are not real.
@@ -184,38 +168,24 @@ struct Consumer {
             if (i / 4 * 8 + thread() % 4 * 2 + i % 2 >= w.tail) s[i] = HIDDEN;
     }
 
-    // What has been added in the scale of the new maxima: in float32, and in the matrix units' registers.
-    DEVICE void shrink(float (&sum)[SUMS]) {
+    // What has been added in the scale of the new maxima.
+    DEVICE void shrink() {
         if (!rows.grown) return;
 #pragma unroll
-        for (int d = 0; d < SUMS; ++d) sum[d] *= rows.shrink[d / 2 % 2];
+        for (int d = 0; d < SUMS; ++d) acc[d] *= rows.shrink[d / 2 % 2];
     }
-
-    DEVICE void shrink(u32 (&sum)[SUMS]) {
-        if (!rows.grown) return;
-#pragma unroll
-        for (int d = 0; d < SUMS; ++d) sum[d] = as_bits(as_float(sum[d]) * rows.shrink[d / 2 % 2]);
-    }
-
-    // Whether the products of block i, or of −1, before all, complete a sum.
-    DEVICE bool is_promoted(int i) { return (i + 1) % PROMOTE == 0; }
 
     // Products, complete, into acc.
-    DEVICE void promote(const float (&factor)[2]) {
+    DEVICE void promote() {
 #pragma unroll
         for (int d = 0; d < SUMS; ++d)
-            acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), factor[d / 2 % 2], acc[d]);
+            acc[d] = multiply_add(INT8_VALUES ? to_float(sums[d]) : as_float(sums[d]), rows.share[d / 2 % 2], acc[d]);
     }
 
-    // This warp has read a stage: all that copy into it hear of it.
-    DEVICE void release(const Place& at) {
+    // This warp has read what the barrier is for.
+    DEVICE void release(u32 empty) {
         meet_warp();
-        const int lane = thread() % 32;
-        if constexpr (CLUSTER == 1) {
-            if (lane == 0) barrier_arrive(at.empty(memory));
-        } else {
-            if (lane < CLUSTER) barrier_arrive_at(at.empty(memory), lane);
-        }
+        if (thread() % 32 == 0) barrier_arrive(empty);
     }
 
     // Read by the lane that says later that the warp has read it.
@@ -223,92 +193,49 @@ struct Consumer {
         return as_float(same_in_warp(thread() % 32 == 0 ? read_shared(at.scale(memory)) : 0));
     }
 
-    // Block after block, products and weights one after the other.
-    template <class Refill>
-    DEVICE void in_order(Refill refill) {
+    // Block after block; while products run, what can be copied is.
+    template <class KeysOf, class ValuesOf>
+    DEVICE void work(KeysOf copy_keys, ValuesOf copy_values) {
         Place now;
-        for (int i = 0; i < w.count; ++i) {
-            clear();
-            barrier_wait(now.full(memory), now.odd);
+        for (int i = 0; i < w.count; ++i, now.next()) {
+            barrier_wait(now.keys_full(memory), now.odd);
             start_scores(now);
-            if (i > 0) refill(i - 1 + STAGES);
+            copy_values(i + STAGES - 1);
             const float scale = k_scale(now);
             products_wait<0>();
             settle(s);
-            look(i, scale);
-            shrink(acc);
-            if constexpr (PROMOTE > 1) shrink(sums);
+            release(now.keys_empty(memory));
+            if (i == w.whole) hide();
+            rows.look(s, scale);
             rows.weigh(s, p);
-            start_values(sums, now, i);
+            barrier_wait(now.values_full(memory), now.odd);
+            start_values(sums, now);
+            copy_keys(i + STAGES);
+            rows.add();
+            shrink();
             products_wait<0>();
             settle(sums);
-            release(now);
-            if (is_promoted(i) || i + 1 == w.count) promote(rows.share);
-            now.next();
+            release(now.values_empty(memory));
+            promote();
         }
-    }
-
-    // The products of scores of block i and of values of block i − 1 together.
-    template <class Refill>
-    DEVICE void ahead(Refill refill) {
-        if (w.count == 0) return;
-        Place now;
-        clear();
-        barrier_wait(now.full(memory), now.odd);
-        start_scores(now);
-        const float first = k_scale(now);
-        products_wait<0>();
-        settle(s);
-        look(0, first);
-        rows.weigh(s, p);
-        for (int i = 1; i < w.count; ++i) {
-            const Place before = now;
-            now.next();
-            clear();
-            barrier_wait(now.full(memory), now.odd);
-            start_scores(now);
-            start_values(sums, before, i - 1);
-            if (i > 1) refill(i - 2 + STAGES);
-            const float share[2] = {rows.share[0], rows.share[1]}, scale = k_scale(now);
-            products_wait<1>();
-            settle(s);
-            look(i, scale);
-            u32 next[SCORES / 4];
-            rows.weigh(s, next);
-            shrink(acc);  // a branch: the compiler moves no weights behind the wait
-            products_wait<0>();
-            settle(sums);
-            release(before);
-            const float factor[2] = {share[0] * rows.shrink[0], share[1] * rows.shrink[1]};
-            if (is_promoted(i - 1))
-                promote(factor);
-            else
-                shrink(sums);
-#pragma unroll
-            for (int j = 0; j < SCORES / 4; ++j) p[j] = moved(next[j]);
-        }
-        start_values(sums, now, w.count - 1);
-        products_wait<0>();
-        settle(sums);
-        promote(rows.share);
     }
 
     // acc / total to its places in the model's order.
     DEVICE void finish() {
         const int lane = thread() % 32, quad = lane % 4;
-        const int first = warpgroup * ROWS + thread() % 128 / 32 * 16 + lane / 4;
+        const int first = row();
         const int* places = a.table + (u64)a.order[w.h] * a.tokens;
         const float* v_scale = a.v_scale + w.bh * HEAD_DIM + 2 * quad;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float total = rows.total[r];
-            if constexpr (MATRIX_SUMS) {
-                total = acc[OUT + 2 * r];
-            } else {
+            if constexpr (INT8_VALUES) {
                 total += from_lane(total, 1);
                 total += from_lane(total, 2);
+            } else {
+                total = acc[OUT + 2 * r];
             }
-            const float inverse = reciprocal(larger(total, 1e-30f));
+            const float inverse = reciprocal_fast(larger(total, 1e-30f));
 #pragma unroll
             for (int d = 2 * r; d < OUT; d += 4) {
                 acc[d] *= inverse * v_scale[2 * d - 4 * r];
@@ -323,7 +250,7 @@ struct Consumer {
             else
                 store_each(at, r, quad, real);
             if (a.lse && real && quad == 0) {
-                float lse = (rows.m[r] + log2_unit(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
+                float lse = (rows.m[r] + log2_fast(larger(total, 1e-30f)) - TOP) * 0.6931471805599453f;
                 if (a.shift) lse += a.shift[w.q_row + first + 8 * r];
                 a.lse[w.bh * a.tokens + place] = total > 0 ? lse : as_float(LOWEST);
             }
@@ -366,13 +293,7 @@ struct Consumer {
     }
 };
 
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
     const u8* q, const u8* k, const u8* v, const float* q_scale, const float* k_scale, const float* v_scale,
     const float* shift, const u16* lists, const int* counts, const u8* bits, const int* tiles, const int* table,
     const int* order, const int* valid, void* out, float* lse, int batch, int tokens, int heads, int channels,
@@ -382,28 +303,17 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, PROGRAMS) sm90
     const u32 memory = shared_memory();
     const Work w = work_of(a);
     set_up(memory);
-    if (PRODUCER && thread() >= CONSUMERS) {
-        fewer_registers<24>();
-        if (thread() == CONSUMERS) {
-            copy_queries(a, w, memory);
-            Filler filler(a, w, memory);
-            for (int i = 0; i < w.count; ++i) filler.fill(i);
-        }
-    } else {
-        if constexpr (PRODUCER) more_registers<240>();
-        Filler filler(a, w, memory);
-        const bool fills = !PRODUCER && thread() == 0;
-        const auto refill = [&](int i) { if (fills) filler.fill(i); };
-        if (fills) copy_queries(a, w, memory);
-        for (int i = 0; i < STAGES; ++i) refill(i);
-        Consumer consumer(a, w, memory);
-        barrier_wait(memory + Q_FULL_AT, 0);
-        if constexpr (AHEAD)
-            consumer.ahead(refill);
-        else
-            consumer.in_order(refill);
-        if (CLUSTER > 1) cluster_arrive();
-        consumer.finish();
-        if (CLUSTER > 1) cluster_wait();  // nobody leaves while another may write here
+    Filler filler(a, w, memory);
+    const bool fills = same_in_warp(thread() / 32) == 0;
+    const auto copy_keys = [&](int i) { if (fills) filler.keys(i); };
+    const auto copy_values = [&](int i) { if (fills) filler.values(i); };
+    if (thread() == 0) copy_queries(a, w, memory);
+    for (int i = 0; i < STAGES; ++i) {
+        copy_keys(i);
+        if (i + 1 < STAGES) copy_values(i);
     }
+    Consumer consumer(a, w, memory);
+    barrier_wait(memory + Q_FULL_AT, 0);
+    consumer.work(copy_keys, copy_values);
+    consumer.finish();
 }

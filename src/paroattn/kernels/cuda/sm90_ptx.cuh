@@ -1,19 +1,10 @@
 // The instructions of sm_90a that sm90.cu uses, each under a name. Addresses of shared memory are 32-bit numbers.
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-static_assert(sizeof(u64) == 8, "u64 has 64 bits");
-
-#define DEVICE __device__ __forceinline__
+#include <arithmetic.cuh>
 
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int program() { return blockIdx.x; }
-
-DEVICE float as_float(u32 x) { return __uint_as_float(x); }
-DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
 
 // Shared memory, barriers and copies ----------------------------------------------------------------------------------
 
@@ -55,38 +46,10 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
         "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Programs of a cluster: which one this is, waiting for each other, and arriving at another's barrier.
-DEVICE int rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-DEVICE void barrier_arrive_at(u32 barrier, int rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-        "}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
 // Copy bytes of global memory, which count towards a barrier's phase.
 DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// The same for all programs of a cluster, to the same addresses in each.
-template <int PROGRAMS_OF_CLUSTER>
-DEVICE void copy_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1], %2, [%3], %4;" ::
-            "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << PROGRAMS_OF_CLUSTER) - 1)) : "memory");
 }
 
 // What this thread wrote to shared memory, barriers included, is seen by copies and matrix units from here on.
@@ -96,15 +59,22 @@ DEVICE void publish() {
 
 DEVICE void synchronize() { __syncthreads(); }
 
-template <int COUNT>
-DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-
-template <int COUNT>
-DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-
 // Lanes of a warp -----------------------------------------------------------------------------------------------------
 
 DEVICE void meet_warp() { __syncwarp(); }
+
+// True in one lane, always the same: the compiler makes no loop over lanes around copies then.
+DEVICE bool one_lane() {
+    u32 one;
+    asm volatile(
+        "{\n"
+        ".reg .pred one;\n"
+        "elect.sync _|one, 0xFFFFFFFF;\n"
+        "selp.b32 %0, 1, 0, one;\n"
+        "}" : "=r"(one));
+    return one;
+}
+
 DEVICE bool any_lane(bool x) { return __any_sync(0xFFFFFFFF, x); }
 DEVICE int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFF, x, 0); }  // says so to the compiler
 DEVICE u32 from_lane(u32 x, int distance) { return __shfl_xor_sync(0xFFFFFFFF, x, distance); }
@@ -112,23 +82,9 @@ DEVICE float from_lane(float x, int distance) { return __shfl_xor_sync(0xFFFFFFF
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
 
-// 2ˣ and log2 x; results without denormals.
-DEVICE float exp2_unit(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float log2_unit(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE u32 larger(u32 a, u32 b) { return (u32)max((int)a, (int)b); }
-DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }
 DEVICE float to_float(u32 x) { return __int2float_rn((int)x); }
 
 // Sum of the four bytes of x, added to sum.
@@ -159,26 +115,6 @@ DEVICE u32 pack_bytes(float a, float b, float c, float d) {
         "cvt.rn.f16x2.f32 high, %4, %3;\n"
         "prmt.b32 %0, low, high, 0x6420;\n"
         "}" : "=r"(y) : "f"(a), "f"(b), "f"(c), "f"(d));
-    return y;
-}
-
-// x in another register, whatever the compiler thinks of it: products that are under way read the one it was in.
-DEVICE u32 moved(u32 x) {
-    u32 y;
-    asm("lop3.b32 %0, %1, %1, %1, 0xF0;" : "=r"(y) : "r"(x));
-    return y;
-}
-
-// Two floats in 16 bits each, the first in the lower half.
-DEVICE u32 pack_bf16(float a, float b) {
-    u32 y;
-    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b));
-    return y;
-}
-
-DEVICE u32 pack_fp16(float a, float b) {
-    u32 y;
-    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(y) : "f"(a), "f"(b));
     return y;
 }
 
@@ -258,7 +194,5 @@ MULTIPLY_SCORES(32, 64, "%32", "%33", "%34")
 MULTIPLY_SCORES(64, 128, "%64", "%65", "%66")
 EXPAND(MULTIPLY_VALUES, multiply_bytes, "+r", BYTES_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
 EXPAND(MULTIPLY_VALUES, multiply_bytes, "+r", BYTES_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
-EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 32, 64, "%32", "%33", "%34", "%35", "%36", "%37")
 EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 36, 72, "%36", "%37", "%38", "%39", "%40", "%41")
-EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 64, 128, "%64", "%65", "%66", "%67", "%68", "%69")
 EXPAND(MULTIPLY_VALUES, multiply_fp8, "+r", FP8_OF_P, 68, 136, "%68", "%69", "%70", "%71", "%72", "%73")

@@ -1,8 +1,7 @@
-// What a program of sm90.cu works on, and the ring through which blocks of K and V reach its warpgroups.
+// What a program of sm90.cu works on, and the ring through which blocks of K and V reach it.
 //
-// PRODUCER: a warp beside the warpgroups fills the ring by bulk copies; else the first thread of the only warpgroup does.
-// CLUSTER: so many programs, all parts of a query block on neighbouring multiprocessors, share loads: each copies a part
-// of every block to all.
+// A place of the ring is filled again as soon as it has been read: that of K when the scores are there, that of V when
+// the block is done. So there is always more than a step's time for a copy to arrive. The first warp fills them.
 //
 // Q, K and V lie in global memory as in shared: rows of HEAD_DIM or KEYS bytes, their 16-byte pieces swizzled, a block
 // without gaps. V's tokens are renamed so that a thread multiplies the p that it holds, as prepare.py says.
@@ -11,26 +10,22 @@
 #include <sm90_ptx.cuh>
 
 constexpr int ROWS = 64;
-static_assert(CLUSTER == 1 || (!PRODUCER && CLUSTER * WARPGROUPS * ROWS == QUERIES), "a cluster has one query block");
-static_assert(STAGES >= (AHEAD && !PRODUCER ? 3 : 2), "a stage is filled again while others are read");
-static_assert(!INT8_VALUES || (PROMOTE == 1 && !MATRIX_SUMS), "blocks of INT8 P have scales of their own");
-constexpr int Q_BYTES = WARPGROUPS * ROWS * HEAD_DIM;
+constexpr int THREADS = 128;
+static_assert(STAGES >= 2, "a stage is filled again while another is read");
+constexpr int Q_BYTES = ROWS * HEAD_DIM;
 constexpr int K_BYTES = KEYS * HEAD_DIM;
 constexpr int V_BYTES = HEAD_DIM * KEYS;
-constexpr int ONES_BYTES = MATRIX_SUMS ? 8 * KEYS : 0;
+constexpr int ONES_BYTES = INT8_VALUES ? 0 : 8 * KEYS;  // further columns of V, which sum rows of P
 constexpr int STAGE_BYTES = (K_BYTES + V_BYTES + ONES_BYTES + 1023) / 1024 * 1024;
 constexpr int K_AT = (Q_BYTES + 1023) / 1024 * 1024;
 constexpr int V_AT = K_AT + K_BYTES;
 constexpr int ONES_AT = V_AT + V_BYTES;
 constexpr int SCALE_BYTES = 16;  // the least that is copied; the first four are the scale
 constexpr int SCALES_AT = K_AT + STAGES * STAGE_BYTES;
-constexpr int FULL_AT = SCALES_AT + SCALE_BYTES * STAGES;
-constexpr int EMPTY_AT = FULL_AT + 8 * STAGES;
-constexpr int Q_FULL_AT = EMPTY_AT + 8 * STAGES;
+constexpr int BARRIERS_AT = SCALES_AT + SCALE_BYTES * STAGES;
+constexpr int Q_FULL_AT = BARRIERS_AT + 32 * STAGES;
 
 constexpr u32 ONES = 0x38383838;  // 1.0 in FP8
-constexpr int CONSUMERS = 128 * WARPGROUPS;
-constexpr int THREADS = CONSUMERS + (PRODUCER ? 128 : 0);
 
 struct Arguments {
     const u8 *q, *k, *v;
@@ -54,13 +49,13 @@ struct Work {
 
 DEVICE Work work_of(const Arguments& a) {
     Work w;
-    const int split = QUERIES / (WARPGROUPS * ROWS);
+    const int split = QUERIES / ROWS;
     const int part = program() % split, pair = program() / split;
     const int tile = a.tiles[pair / (a.row_blocks * a.batch) * a.row_blocks + pair % a.row_blocks];
     w.b = pair / a.row_blocks % a.batch;
     w.h = tile / a.row_blocks;
     w.bh = (u64)w.b * a.heads + w.h;
-    w.first = tile % a.row_blocks * QUERIES + part * WARPGROUPS * ROWS;
+    w.first = tile % a.row_blocks * QUERIES + part * ROWS;
     w.q_row = w.bh * a.row_blocks * QUERIES + w.first;
     w.list = a.lists + (u64)tile * a.key_blocks;
     w.whole = a.counts[(u64)w.b * a.heads * a.row_blocks + tile];
@@ -71,50 +66,59 @@ DEVICE Work work_of(const Arguments& a) {
     return w;
 }
 
-// A stage of the ring, and whether it is being used for an odd time.
+// A stage of the ring, and whether it is being used for an odd time. K and V have barriers each.
 struct Place {
     int stage = 0;
     u32 odd = 0;
     DEVICE void next() {
         if (++stage == STAGES) stage = 0, odd ^= 1;
     }
-    DEVICE u32 full(u32 memory) const { return memory + FULL_AT + 8 * stage; }
-    DEVICE u32 empty(u32 memory) const { return memory + EMPTY_AT + 8 * stage; }
+    DEVICE u32 keys_full(u32 memory) const { return memory + BARRIERS_AT + 8 * stage; }
+    DEVICE u32 keys_empty(u32 memory) const { return keys_full(memory) + 8 * STAGES; }
+    DEVICE u32 values_full(u32 memory) const { return keys_full(memory) + 16 * STAGES; }
+    DEVICE u32 values_empty(u32 memory) const { return keys_full(memory) + 24 * STAGES; }
     DEVICE u32 at(u32 memory) const { return memory + stage * STAGE_BYTES; }
     DEVICE u32 scale(u32 memory) const { return memory + SCALES_AT + SCALE_BYTES * stage; }
 };
 
-// Fills the ring with block after block of the list; the number of the next is asked for beforehand.
+// Fills the ring with block after block of the list, first its keys, later its values; the number of the next is asked
+// for beforehand. A warp does it together, so that addresses are the same in all lanes, but for what one lane does.
 struct Filler {
     const Arguments& a;
     const Work& w;
     const u32 memory;
-    int block = 0;
+    int next = 0;
+    u64 block = 0;
 
     DEVICE Filler(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) {
-        if (w.count > 0) block = w.list[0];
+        if (w.count > 0) next = w.list[0];
     }
 
-    // The i-th block, after the one before it.
-    DEVICE void fill(int i) {
+    DEVICE static Place place_of(int i) { return {i % STAGES, (u32)(i / STAGES & 1)}; }
+
+    DEVICE void keys(int i) {
         if (i >= w.count) return;
-        const Place place{i % STAGES, (u32)(i / STAGES & 1)};
-        if (i >= STAGES) barrier_wait(place.empty(memory), place.odd ^ 1);
-        const u64 which = w.bh * a.key_blocks + block;
-        barrier_expect(place.full(memory), K_BYTES + V_BYTES + SCALE_BYTES);
-        share(place, K_AT, a.k + which * K_BYTES, K_BYTES);
-        share(place, V_AT, a.v + which * V_BYTES, V_BYTES);
-        copy_bulk(place.scale(memory), a.k_scale + 4 * which, SCALE_BYTES, place.full(memory));
-        if (i + 1 < w.count) block = w.list[i + 1];
+        const Place place = place_of(i);
+        block = w.bh * a.key_blocks + same_in_warp(next);
+        if (i + 1 < w.count) next = w.list[i + 1];
+        if (i >= STAGES) barrier_wait(place.keys_empty(memory), place.odd ^ 1);
+        if (one_lane()) {
+            const u32 full = place.keys_full(memory);
+            barrier_expect(full, K_BYTES + SCALE_BYTES);
+            copy_bulk(place.at(memory) + K_AT, a.k + block * K_BYTES, K_BYTES, full);
+            copy_bulk(place.scale(memory), a.k_scale + 4 * block, SCALE_BYTES, full);
+        }
     }
 
-    DEVICE void share(const Place& place, u32 to, const u8* from, u32 bytes) {
-        to += place.at(memory);
-        if constexpr (CLUSTER == 1) {
-            copy_bulk(to, from, bytes, place.full(memory));
-        } else {
-            const u32 part = bytes / CLUSTER, start = part * rank();
-            copy_to_all<CLUSTER>(to + start, from + start, part, place.full(memory));
+    // After the keys of this block and before those of the next.
+    DEVICE void values(int i) {
+        if (i >= w.count) return;
+        const Place place = place_of(i);
+        if (i >= STAGES) barrier_wait(place.values_empty(memory), place.odd ^ 1);
+        if (one_lane()) {
+            const u32 full = place.values_full(memory);
+            barrier_expect(full, V_BYTES);
+            copy_bulk(place.at(memory) + V_AT, a.v + block * V_BYTES, V_BYTES, full);
         }
     }
 };
@@ -127,8 +131,9 @@ DEVICE void copy_queries(const Arguments& a, const Work& w, u32 memory) {
 DEVICE void set_up(u32 memory) {
     if (thread() == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(memory + FULL_AT + 8 * stage, 1);
-            barrier_init(memory + EMPTY_AT + 8 * stage, CONSUMERS / 32 * CLUSTER);
+            const Place place{stage};
+            for (u32 full : {place.keys_full(memory), place.values_full(memory)}) barrier_init(full, 1);
+            for (u32 empty : {place.keys_empty(memory), place.values_empty(memory)}) barrier_init(empty, THREADS / 32);
         }
         barrier_init(memory + Q_FULL_AT, 1);
     }
@@ -137,5 +142,4 @@ DEVICE void set_up(u32 memory) {
                      + i % (ONES_BYTES / 4 + !ONES_BYTES) * 4, ONES);
     publish();
     synchronize();
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
 }

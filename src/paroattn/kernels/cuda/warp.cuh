@@ -2,11 +2,10 @@
 // computes the same on a CPU.
 #pragma once
 
-#define KERNEL(threads, programs) extern "C" __global__ void __launch_bounds__(threads, programs)
-#define DEVICE __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
+#include <arithmetic.cuh>
 
-using Word = unsigned int;
+#define KERNEL(threads, programs) extern "C" __global__ void __launch_bounds__(threads, programs)
+#define UNROLL _Pragma("unroll")
 
 DEVICE int thread_in_block() { return threadIdx.x; }
 DEVICE int block_in_grid() { return blockIdx.x; }
@@ -16,53 +15,23 @@ DEVICE char* shared_memory() {
 }
 DEVICE void barrier() { __syncthreads(); }
 
-DEVICE float as_float(int bits) { return __int_as_float(bits); }
-DEVICE int as_int(float x) { return __float_as_int(x); }
-
 DEVICE int shuffle(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
-// 2ˣ without the code for denormals
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEVICE float reciprocal_fast(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEVICE float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// Two numbers in 16 bits each, the first in the lower half
-DEVICE Word to_half(float low, float high) {
-    Word pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-DEVICE Word to_bfloat16(float low, float high) {
-    Word pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-DEVICE Word fma_half(Word x, Word y, Word z) {
-    Word pair;
+// x y + z of two numbers in half precision
+DEVICE u32 fma_half(u32 x, u32 y, u32 z) {
+    u32 pair;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(x), "r"(y), "r"(z));
     return pair;
 }
 
 // Byte i of the result is byte 0…7 of high:low, as hexadecimal digit i of `bytes` says
-DEVICE Word pick_bytes(Word low, Word high, Word bytes) { return __byte_perm(low, high, bytes); }
+DEVICE u32 pick_bytes(u32 low, u32 high, u32 bytes) { return __byte_perm(low, high, bytes); }
 
 // sum = start + a bᵀ with a (16, 64), b (8, 64) and sum (16, 8). Lane 4 r + t holds, eight numbers of four bits in a
 // register, a: rows r, r + 8, r, r + 8, columns 8 t… of the first half twice, then of the second; b: row r, both
 // halves; sum: rows r, r, r + 8, r + 8, columns 2 t, 2 t + 1 twice.
-DEVICE void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
+DEVICE void multiply(int (&sum)[4], const int* start, const u32 (&a)[4], const u32* b) {
     asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%10, %11, %12, %13};"
         : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
@@ -70,7 +39,7 @@ DEVICE void multiply(int (&sum)[4], const int* start, const Word (&a)[4], const 
           "r"(start[2]), "r"(start[3]));
 }
 // The same with a of 0…15 instead of −8…7
-DEVICE void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4], const Word* b) {
+DEVICE void multiply_unsigned(int (&sum)[4], const int* start, const u32 (&a)[4], const u32* b) {
     asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%10, %11, %12, %13};"
         : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
@@ -80,15 +49,15 @@ DEVICE void multiply_unsigned(int (&sum)[4], const int* start, const Word (&a)[4
 
 // sum = start + a bᵀ with a (16, 16) of 0…255, b (8, 16) of −128…127 and sum as above. Lane 4 r + t holds bytes 4 t… of
 // rows r and r + 8 of a, and of row r of b.
-DEVICE void multiply_bytes(int (&sum)[4], const int* start, const Word (&a)[2], Word b) {
+DEVICE void multiply_bytes(int (&sum)[4], const int* start, const u32 (&a)[2], u32 b) {
     asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
         : "=r"(sum[0]), "=r"(sum[1]), "=r"(sum[2]), "=r"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(b), "r"(start[0]), "r"(start[1]), "r"(start[2]), "r"(start[3]));
 }
 
 // Four matrices of 8 rows of 16 bytes: lane 8 i + r says where row r of matrix i is; lane 4 r + t gets its t-th word
-DEVICE void load_matrices(Word (&parts)[4], const char* row) {
-    Word address = (Word)__cvta_generic_to_shared(row);
+DEVICE void load_matrices(u32 (&parts)[4], const char* row) {
+    u32 address = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
                  : "r"(address)
@@ -97,7 +66,7 @@ DEVICE void load_matrices(Word (&parts)[4], const char* row) {
 
 // Copies of 16 bytes into shared memory that go on by themselves; those between two `close_group` are a group
 DEVICE void copy_async(char* shared, const char* global) {
-    Word address = (Word)__cvta_generic_to_shared(shared);
+    u32 address = (u32)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -108,6 +77,6 @@ DEVICE void wait_for_groups() {
 }
 
 // Four words at once, to a multiple of 16 bytes
-DEVICE void store_words(char* to, const Word* words) {
+DEVICE void store_words(char* to, const u32* words) {
     *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
 }
