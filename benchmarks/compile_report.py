@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from paroattn.block_mask import BlockMask
 from paroattn.grid import Grid, Layout
-from paroattn.kernels import feedback, gradients, hopper, int4, native, prepare, sparse, stats
+from paroattn.kernels import feedback, gradients, hopper, int4, native, portable, prepare, sparse, stats
 from paroattn.kernels.block_stats import SMALL
 from paroattn.precision import Precision
 from records import environment, merge
@@ -93,10 +93,10 @@ def noted(arch: int) -> Iterator[list[tuple[Any, tuple, dict]]]:
         saved.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
-    for module in (prepare, feedback, sparse, hopper, stats, gradients):
+    for module in (prepare, feedback, sparse, portable, hopper, stats, gradients):
         for name in [name for name in vars(module) if re.search(KERNELS, name)]:
             put(module, name, Call(getattr(module, name), calls))
-    for module in (prepare, sparse, stats, gradients, int4):
+    for module in (prepare, sparse, portable, stats, gradients, int4):
         put(module, "capability", lambda device: divmod(arch, 10))
     put(native, "kernel", lambda *args, **macros: NativeCall(calls, *args, **macros))
     try:

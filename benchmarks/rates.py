@@ -3,7 +3,7 @@
     kernels     attention_GPU.json, rows of the kernel alone: a constant, a row of blocks, a kept block. Where one
                 length was measured only, the constant is that of the others. bf16 is the best of the variants of
                 kernel_variants_GPU.json, for which only the kept block is fitted
-    prepare     prepare_GPU.json: a constant and bytes
+    preparing   prepare_GPU.json, eight bits and four: a constant for each head dimension, and bytes
     dense       cuDNN's rows of attention_GPU.json and the dense rows of end_to_end_GPU.json
     linear      end_to_end_GPU.json, FLOPs of the linear layers over the time of their kernels
     around      the same rows: what is left of the whole time, by model, eager and compiled
@@ -99,10 +99,18 @@ def kept(row: dict) -> float:
     return row["density"] * rows_of_blocks(row) * columns
 
 
-def prepare(gpu: str) -> tuple[float, float]:
-    rows = rows_of(f"prepare_{gpu}")
-    constant, each = fitted([[1.0] * len(rows), [moved(row) for row in rows]], [row["ms"] for row in rows])
-    return significant(constant), significant(each * 1e9)
+def preparing(gpu: str) -> list[dict[str, Any]]:
+    found = []
+    for bits in (8, 4):
+        rows = [row for row in rows_of(f"prepare_{gpu}") if ("int4" in row["precision"]) == (bits == 4)]
+        head_dims = sorted({row["head_dim"] for row in rows}, reverse=True)
+        columns = [[float(row["head_dim"] == each) for row in rows] for each in head_dims]
+        *constants, each = fitted([*columns, [moved(row) for row in rows]], [row["ms"] for row in rows])
+        found += [
+            {"bits": bits, "head_dim": head_dim, "constant_ms": significant(ms), "byte_ps": significant(each * 1e9)}
+            for head_dim, ms in zip(head_dims, constants, strict=True)
+        ]
+    return found
 
 
 def moved(row: dict) -> float:
@@ -194,12 +202,10 @@ def best(found: Iterable[tuple[float, float, float]]) -> float:
 
 def derived(gpu: str) -> dict[str, Any]:
     rows = rows_of(f"attention_{gpu}")
-    constant, each = prepare(gpu)
     found = {
         "measured": sorted({f"PyTorch {row['torch']}, Triton {row['triton']}, {row['date']}" for row in rows}),
         "kernels": kernels(gpu),
-        "prepare_ms": constant,
-        "byte_ps": each,
+        "preparing": preparing(gpu),
         "dense": dense(gpu),
         "linear_tflops": linears(gpu),
         "around_ps": {mode: {"none": 0.0} for mode in MODES},

@@ -19,6 +19,7 @@ from fidelity_tables import (
     transfer,
 )
 from forward_tables import end_to_end, forecasts, forwards, roofline, signed
+from readme_tables import attention_gpu_short, attention_short, headline, whole_calls
 from result_tables import GPUS, NOTHING, rows_of, table, where
 from scaling import modelled_ms
 
@@ -27,12 +28,6 @@ PAGES = (
     "README.md", "docs/method.md", "docs/benchmarks.md", "docs/quality.md", "docs/several-gpus.md", "docs/transfer.md",
     "docs/sm90.md",
 )  # fmt: skip
-CONTESTANTS = (
-    *(("paroattn", density) for density in (1.0, 0.5, 0.3, 0.2)),
-    *((dense, 1.0) for dense in ("sage2", "flash3-fp8", "cudnn-fp8")),
-    *((sparse, 0.2) for sparse in ("sparge", "flex", "paro-authors")),
-)
-"""Implementations and densities of the short table, those of them that have a time."""
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -114,34 +109,11 @@ def attention_gpu() -> str:
 
     text = ""
     for gpu in GPUS:
-        rows = [row for row in rows_of(f"attention_{gpu}") if (row["includes"], row["mask"]) == ("call", "even")]
+        rows = whole_calls(gpu)
         text += by_density(rows, ("shape", "impl", "precision", "block"), "time, against cuDNN's dense bf16", cell)
         reasons = {row["impl"]: row["reason"] for row in rows if row["ms"] is None and row["density"] == 1}
         timed = {row["impl"] for row in rows if row["ms"] is not None}
         text += "".join(f"\nNot measured: {impl}, {why}.\n" for impl, why in reasons.items() if impl not in timed)
-    return text or NOTHING
-
-
-def attention_gpu_short() -> str:
-    """Speed-up of whole calls over cuDNN's dense bf16: one line per shape, a column for each contestant."""
-    text = ""
-    for gpu in GPUS:
-        rows = [row for row in rows_of(f"attention_{gpu}") if (row["includes"], row["mask"]) == ("call", "even")]
-        best: dict[tuple, float] = {}
-        for row in (row for row in rows if row["speedup_vs_cudnn"]):
-            key = (row["shape"], row["impl"], row["density"])
-            best[key] = max(best.get(key, 0.0), row["speedup_vs_cudnn"])
-        timed = [contestant for contestant in CONTESTANTS if contestant in {key[1:] for key in best}]
-        lines = []
-        for shape in dict.fromkeys(row["shape"] for row in rows):
-            found = [best.get((shape, *contestant)) for contestant in timed]
-            lines.append([shape, *("–" if x is None else f"{x:.2f}×" for x in found)])
-        head = ["against dense bf16 of cuDNN", *(f"{impl}, density {density:g}" for impl, density in timed)]
-        text += (
-            table(head, lines) + f"\nWhole calls, each at its best block and precision. {where(rows)}.\n"
-            if rows
-            else ""
-        )
     return text or NOTHING
 
 
@@ -256,7 +228,10 @@ def balance() -> str:
 
 
 def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callable[[dict], str]) -> str:
-    """A table with a line for each combination of the fields `names` and a column for each density; none, no table."""
+    """A table with a line for each combination of the fields `names` and a column for each density; none, no table.
+
+    Lines that share the first field stand together.
+    """
     timed = [row for row in rows if row["ms"] is not None]
     densities = sorted({row["density"] for row in timed}, reverse=True)
     lines: dict[tuple, dict[float, str]] = {}
@@ -266,6 +241,8 @@ def by_density(rows: list[dict], names: tuple[str, ...], head: str, cell: Callab
         [", ".join(name for name in line if name), *(found.get(density, "–") for density in densities)]
         for line, found in lines.items()
     ]
+    shapes = list(dict.fromkeys(line[0] for line in lines))
+    cells = [each for _, each in sorted(zip(lines, cells, strict=True), key=lambda pair: shapes.index(pair[0][0]))]
     columns = [head, *(f"density {density:g}" for density in densities)]
     return table(columns, cells) + f"\n{where(timed)}.\n" if timed else ""
 
@@ -281,7 +258,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "layouts": layouts,
     "joint": joint,
+    "headline": headline,
     "attention": attention,
+    "attention-short": attention_short,
     "numerics": numerics,
     "four-bits": four_bits,
     "attention-gpu": attention_gpu,

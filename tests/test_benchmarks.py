@@ -1,6 +1,7 @@
 """Benchmarks of attention on a GPU: shapes, masks, the gate, rows and tables, all on a CPU."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import int4
 import paroattn
 import peers
 import prepare
+import readme_tables
 import records
 import shapes
 import tables
@@ -548,6 +550,33 @@ def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypat
     short = tables.attention_gpu_short()
     assert "| against dense bf16 of cuDNN | paroattn, density 0.2 | flash3-fp8, density 1 |\n" in short
     assert "| wan-14b-480p | 5.50× | 1.72× |" in short
+
+
+def test_the_headline_says_what_the_tables_below_it_say():
+    text = " ".join(readme_tables.headline().split())
+    fast = re.search(
+        r"runs (\S+)× as fast as cuDNN's at density 0.3 and \*\*(\S+)×\*\* at 0.2, against (\S+)× for SpargeAttn", text
+    )
+    lines = tables.attention_gpu_short().splitlines()
+    (line,) = [line for line in lines if line.startswith("| wan-14b-720p ")]
+    head, cells = ([cell.strip(" ×") for cell in row.split("|")[2:-1]] for row in (lines[0], line))
+    named = dict(zip(head, cells, strict=True))
+    wanted = [named[each] for each in ("paroattn, density 0.3", "paroattn, density 0.2", "sparge, density 0.2")]
+    assert fast and list(map(float, fast.groups())) == [pytest.approx(float(cell), abs=0.06) for cell in wanted]
+    whole = [line.split("|") for line in tables.forwards().splitlines() if line.startswith("| wan-14b-720p")]
+    ours = re.search(r"\*\*(\S+)×\*\* as fast, (\S+)× with FP8 linears", text)
+    faster = [float(cells[4].strip(" ×")) for cells in whole]
+    assert ours and list(map(float, ours.groups())) == [pytest.approx(each, abs=0.06) for each in faster]
+    close = re.search(r"\*\*(\S+) dB\*\* against dense, (\S+) dB before refining", text)
+    short = [
+        line.split("|")[3].split(",")[0].strip() for line in tables.fidelity_short().splitlines() if "paroattn" in line
+    ]
+    assert close and list(close.groups()) == short[:2]
+
+
+def test_there_is_no_headline_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("result_tables.RESULTS", tmp_path)
+    assert readme_tables.headline() == tables.attention_short() == tables.attention_gpu_short() == tables.NOTHING
 
 
 def test_every_ingredient_of_int4_changes_what_the_reference_computes():

@@ -337,12 +337,15 @@ def test_finished_runs_are_not_run_again(pipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": ("a", "b")}, "another prompts: .*'another'.*; got .*'b'"),
-        ({"seed": 3}, "another seed: 0; got 3"),
-        ({"capture": replace(CAPTURE, block=(32, 32))}, "another capture"),
-        ({"settings": PlanSettings(0.5)}, "another orders"),
-        ({"prompts": (Prompt("a", guidance="batch"), "another")}, "another prompts"),
-        ({"guidance": "none"}, "another call"),
+        ({"prompts": ("a", "b")}, "differs in prompts: .*'another'.*; got .*'b'"),
+        ({"seed": 3}, "differs in seed: 0; got 3"),
+        (
+            {"capture": replace(CAPTURE, block=(32, 32))},
+            r"differs in capture: \{'block': \[\d+, \d+\]\}; got \{'block': \[32, 32\]\}\.",
+        ),
+        ({"settings": PlanSettings(0.5)}, "differs in orders"),
+        ({"prompts": (Prompt("a", guidance="batch"), "another")}, "differs in prompts"),
+        ({"guidance": "none"}, "differs in call"),
     ],
 )
 def test_an_unfinished_calibration_of_something_else_is_not_gone_on_with(pipe, tmp_path, change, message):

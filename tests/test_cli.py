@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from paroattn import cli
-from paroattn.cli import main
+from paroattn.cli import arguments, main, planning
 from paroattn.demo.prompt import CALIBRATION_PROMPTS, EVALUATION_PROMPTS
-from paroattn.grid import Grid
+from paroattn.grid import CANDIDATES, Grid
 from paroattn.integration.refining import Refinement
 from paroattn.plan.plan import Plan
 
@@ -92,7 +92,6 @@ def test_plan_shows_the_curve_without_writing_a_plan(plan, tmp_path, capsys):
         (["--speedup", 3, "--precision", "int8/fp8"], "speed-up of one forward on NVIDIA H200 must be 1.00…1.00"),
         (["--speedup", 3], "got fp32/fp32 in blocks of 64x64 with head dimension 64"),
         (["--error", 1e6], "a target error must be at most"),
-        (["--error", -1], "a target error must be above 0"),
         (["--gpu", "abacus"], "a GPU must be NVIDIA H200"),
         (["--error", 0.1, "--budget", "per_head"], "needs one threshold; got the budget per_head"),
     ],
@@ -124,7 +123,7 @@ def test_plan_mixes_int4_and_int8_and_says_so(plan, tmp_path, capsys):
     eight = replace(part.layers[first], precision=(("int8",) * part.heads,) * len(part.phases))
     other = replace(part, layers={first: eight, **{name: part.layers[name] for name in others}})
     with pytest.raises(ValueError, match=r"several precisions, fp32, int8; give one with --precision"):
-        cli._precision_of({"transformer": other})
+        planning._precision_of({"transformer": other})
 
 
 def test_plan_needs_something_to_write_or_to_show(plan, tmp_path, capsys):
@@ -235,62 +234,58 @@ def _wrong_uses(prompts, plan, tmp_path):
     busy = tmp_path / "busy"
     busy.mkdir()
     (busy / "thesis.txt").write_text("mine")
-    out, some = tmp_path / "out", ["--prompt", EVALUATION_PROMPTS[0]]
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "half.json").write_text("{")
+    out, clip = ["--out", tmp_path / "out"], ["--out", tmp_path / "x.gif"]
+    calibrate, some = ["calibrate", "demo", "--prompts", prompts, *out], ["--prompt", EVALUATION_PROMPTS[0]]
+    generate = ["generate", "demo", *some, *clip]
     return {
-        "at least one prompt": ["calibrate", "demo", "--prompts", empty, "--out", out],
-        "No such file": ["calibrate", "demo", "--prompts", tmp_path / "none.txt", "--out", out],
-        "above 0 and at most 1; got 0.0": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--density", 0],
-        "above 0 and at most 1; got 1.5": ["plan", busy, "--out", out, "--density", 1.5],
+        "at least one prompt": ["calibrate", "demo", "--prompts", empty, *out],
+        "a list of prompts must be a file; got": ["calibrate", "demo", "--prompts", tmp_path / "none.txt", *out],
+        "which is a folder. Check the path": ["calibrate", "demo", "--prompts", busy, *out],
+        "must be text in UTF-8": ["calibrate", "demo", "--prompts", tmp_path / "bytes.txt", *out],
+        "above 0 and at most 1; got 0.0": [*calibrate, "--density", 0],
+        "above 0 and at most 1; got 1.5": ["plan", busy, *out, "--density", 1.5],
         "holds something else": ["calibrate", "demo", "--prompts", prompts, "--out", busy],
         "is a file": ["calibrate", "demo", "--prompts", prompts, "--out", empty],
-        "an order must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--orders", "FWX"],
-        "a block is written": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--block", "big"],
-        "budget must be one of": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--budget", "all"],
-        "phases must end": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--phase-ends", 0.5],
-        "precision must be": ["calibrate", "demo", "--prompts", prompts, "--out", out, "--precision", "int5"],
-        "has no argument negative_prompt": [
-            "calibrate",
-            "demo",
-            "--prompts",
-            prompts,
-            "--out",
-            out,
-            "--negative-prompt",
-            "blurry",
-        ],
-        "height must be a multiple of 4, 128 at most; got 66": [
-            "calibrate",
-            "demo",
-            "--prompts",
-            prompts,
-            "--out",
-            out,
-            "--height",
-            66,
-        ],
-        "neither demo, nor a diffusers model": ["calibrate", tmp_path / "model", "--prompts", prompts, "--out", out],
-        "holds no statistics": ["plan", busy, "--out", out],
+        "an order must be one of": [*calibrate, "--orders", "FWX"],
+        "a block is written": [*calibrate, "--block", "big"],
+        "budget must be one of": [*calibrate, "--budget", "all"],
+        "phases must end": [*calibrate, "--phase-ends", 0.5],
+        "precision must be": [*calibrate, "--precision", "int5"],
+        "has no argument negative_prompt": [*calibrate, "--negative-prompt", "blurry"],
+        "height must be a multiple of 4, 128 at most; got 66": [*calibrate, "--height", 66],
+        "neither demo, nor a diffusers model": ["calibrate", tmp_path / "model", "--prompts", prompts, *out],
+        "device cuda:99 needs a GPU that PyTorch sees": [*calibrate, "--device", "cuda:99"],
+        "device must be cpu, cuda or one of several such as cuda:1; got 'gpu'": [*calibrate, "--device", "gpu"],
+        "demo comes whole and takes no --pipeline": [*calibrate, "--pipeline", "WanPipeline"],
+        "demo comes whole and takes no --vae-tiling": [*generate, "--vae-tiling"],
+        "demo comes whole and takes no --load": [*generate, "--load", "variant=fp16"],
+        "statistics lie in the folder that a calibration wrote": ["plan", tmp_path / "missing", *out],
+        "holds no statistics": ["plan", busy, *out],
         "holds no plan": ["show", busy],
         "neither a folder nor a plan": ["show", tmp_path / "missing"],
-        "--phase must be below 2; got 2": ["show", plan, "--phase", 2],
+        "--phase must be 0…1; got 2": ["show", plan, "--phase", 2],
+        "--phase must be 0…1; got -1": ["show", plan, "--phase", -1],
         "written as .png; got 'plan.jpg'": ["show", plan, "--png", tmp_path / "plan.jpg"],
-        "--plan is needed": ["generate", "some/model", *some, "--out", tmp_path / "x.gif"],
-        "understands prompts like": ["generate", "demo", "--prompt", "a dragon", "--out", tmp_path / "x.gif", *FAST],
+        "is a folder; give the name of a file": ["show", plan, "--html", busy],
+        "--plan is needed": ["generate", "some/model", *some, *clip],
+        "got 'a dragon'": [*calibrate, "--prompt", "a dragon"],
+        "understands prompts like": ["generate", "demo", "--prompt", "a dragon", *clip, *FAST],
         ".avi": ["generate", "demo", *some, "--out", tmp_path / "x.avi"],
-        "clips must be between": ["demo", "--out", out, "--clips", 0],
-        "at most 1; got 2.0": ["demo", "--out", out, "--density", 2],
-        "steps must be 1 or more": ["demo", "--out", out, "--steps", 0],
-        "--dense runs without a plan": [
-            "generate",
-            "demo",
-            *some,
-            "--out",
-            tmp_path / "x.gif",
-            "--dense",
-            "--plan",
-            busy,
+        "a picture must be a file; got": [*generate, "--image", tmp_path / "none.png"],
+        "a picture must be one that Pillow reads": [*generate, "--image", tmp_path / "words.png"],
+        "half.json is not JSON": [*generate, "--set", f"image=@{tmp_path / 'half.json'}"],
+        "what --against compares with must be a file": [
+            "evaluate", "demo", "--prompts", prompts, *out, "--against", busy,
         ],
-    }
+        "a curve is written as .html or .json; got 'curve.txt'": ["plan", busy, "--curve", tmp_path / "curve.txt"],
+        "clips must be between": ["demo", *out, "--clips", 0],
+        "at most 1; got 2.0": ["demo", *out, "--density", 2],
+        "steps must be 1 or more": ["demo", *out, "--steps", 0],
+        "--dense runs without a plan": [*generate, "--dense", "--plan", busy],
+    }  # fmt: skip
 
 
 def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, plan, tmp_path, capsys):
@@ -308,12 +303,45 @@ def test_a_wrong_use_is_one_line_that_says_what_and_leaves_nothing(prompts, plan
         (["--steps", 0], "must be 1 or more; got 0"),
         (["--fps", 0], "must be above 0; got 0"),
         (["--height", -8], "got -8"),
+        (["--guidance-scale", "nan"], "must be finite; got nan"),
+        (["--steps", "many"], "paro generate --help lists all options"),
+        (["--resolution", "720p"], "paro generate: unknown arguments: --resolution 720p. paro generate --help"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_the_parser(words, message, capsys):
     with pytest.raises(SystemExit):
         paro("generate", "demo", "--prompt", EVALUATION_PROMPTS[0], "--out", "x.gif", *words)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--error", -1], ["--speedup", 0], ["--snr", "nan"], ["--snr", "inf"]])
+def test_a_target_that_is_none_is_refused_by_its_own_name(words, capsys):
+    with pytest.raises(SystemExit):
+        paro("plan", "plan/", "--out", "out/", *words)
+    assert f"argument {words[0]}: must be" in capsys.readouterr().err
+
+
+def test_what_show_says_of_a_plan_whose_times_are_unknown_fits_in_a_few_lines(plan, capsys):
+    assert paro("show", plan) == 0
+    words = said(capsys)[1]
+    verdict = words[words.index("every layer follows the plan") :]
+    assert "int8/int8 in blocks of 64x128 with head dimension 64" in verdict and "dimension 128" not in verdict
+    assert "got fp32/fp32" in verdict and "--precision" not in verdict
+
+
+def test_every_command_shows_its_options_in_groups_after_one_line_of_usage(capsys):
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            paro(name, "--help")
+        usage, blank, *_ = capsys.readouterr().out.split("\n")
+        assert ended.value.code == 0 and blank == "" and usage.startswith(f"usage: paro {name} ")
+        given = usage.removeprefix("usage: ").removesuffix(" [options]").split()
+        assert cli.parser(cli.COMMANDS).parse_args([word.replace("DENSITY", "0.5") for word in given[1:]])
+
+
+def test_the_candidates_that_help_names_are_those_of_the_grid():
+    assert tuple(arguments.CANDIDATES.split()) == CANDIDATES
 
 
 def test_an_unknown_command_names_the_known_ones(capsys):

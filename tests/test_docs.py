@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -238,6 +239,18 @@ def test_the_page_on_other_hosts_runs_from_a_plan_to_an_output(tmp_path):
     assert not torch.allclose(first, full, atol=1e-2)
 
 
+def test_the_page_on_the_plan_file_knows_every_field_of_one():
+    page = (ROOT / "docs" / "plan-format.md").read_text()
+    written = json.loads((ROOT / "src/paroattn/demo/plan/transformer/plan.json").read_text())
+    explained = {
+        name for names in re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", names)
+    }
+    (shown,) = blocks(ROOT / "docs" / "plan-format.md", "json")
+    assert explained == set(written)
+    assert list(json.loads(shown)) == list(written)
+    assert set(json.loads(shown)["layers"]["blocks.0.attn1"]) == set(written["layers"]["blocks.0.attn1"])
+
+
 def test_every_message_in_the_troubleshooting_table_is_one_of_ours():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     rows = re.findall(r"^\| (`.*`) \| ", page.split("## Errors that a call raises")[1], re.MULTILINE)
@@ -266,7 +279,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "training" / "README.md"], ids=lambda page: page.stem)
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "training" / "README.md"]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
 def test_links_lead_to_files_and_headings_that_exist(page):
     missing = []
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):

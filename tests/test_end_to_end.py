@@ -397,6 +397,8 @@ def test_rows_are_chosen_by_group_and_mode_each_once():
     ]  # fmt: skip
     eager = kinds(model, Choice(groups=("cudnn", "paroattn"), modes=("eager",)))
     assert not any(kind.compiled for kind in eager)
+    asked_first = kinds(model, Choice(groups=("fp8", "stock")))
+    assert [kind.fp8_linears for kind in asked_first] == [False, True, True]  # weights stay quantised
 
 
 def test_smoke_asks_little_of_every_model_whatever_else_is_said():

@@ -317,7 +317,7 @@ def test_the_kernel_compiles_to_products_of_four_bits_without_spills_and_to_less
         assert (row["shared_bytes"] + 1024) * programs <= 100 * 1024, about
         assert row["matrix"] == ["IMMA.16816.U8.S8", "IMMA.16864.S4.S4", "IMMA.16864.U4.S4"], about
         assert instructions(row) < int8[tuple(about.values())], about
-        assert row["shfl"] <= 2 * 12, about  # middles to their columns, and row maxima, in two loop bodies
+        assert row["shfl"] <= 2 * 14, about  # middles to their columns, and row maxima, in two loop bodies
 
 
 class OnAGpu:

@@ -124,6 +124,14 @@ def test_importing_the_package_loads_nothing_heavy():
     assert run(f"import sys, paroattn; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
 
+@pytest.mark.parametrize("words", [["plan", "--help"], ["plan"], ["paint"]], ids=str)
+def test_help_and_wrong_words_come_before_anything_heavy_is_loaded(words):
+    code = (
+        f"import contextlib, sys, paroattn.cli\nwith contextlib.suppress(SystemExit):\n    paroattn.cli.main({words})\n"
+    )
+    assert run(f"{code}print([name for name in {HEAVY} if name in sys.modules])").splitlines()[-1] == "[]"
+
+
 def test_the_check_of_heavy_imports_can_fail():
     assert run(f"import sys, paroattn; paroattn.Grid; print([n for n in {HEAVY} if n in sys.modules])") == "['torch']"
 
@@ -144,13 +152,15 @@ def test_memory_that_nobody_wrote_is_poisoned_during_tests():
     assert torch.empty(1000).isnan().all()
 
 
-def test_every_link_between_documents_leads_somewhere():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
-    local = [(page, link) for page, link in links if "://" not in link]
-    missing = [f"{page.name}: {link}" for page, link in local if not (page.parent / link).exists()]
-    assert len(local) > 10
-    assert missing == []
+def test_the_page_on_architecture_names_every_file_of_every_room_once():
+    lines = re.findall(r"^\| ?(\w*) \| (`.*?`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    named, room = [], ""
+    for name, files in lines:
+        room = name or room
+        folder = "" if room == "nouns" else room
+        named += [Path(folder, file) for file in re.findall(r"`([^`]+)`", files)]
+    assert sorted(path for path in named if path.suffix) == sorted(path for path in MODULES if path.stem[0] != "_")
+    assert all((PACKAGE / path).exists() for path in named)
 
 
 @pytest.mark.parametrize("what", SWORN_OFF)

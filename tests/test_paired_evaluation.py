@@ -193,9 +193,12 @@ def test_a_pair_comes_back_as_it_was_kept(tmp_path):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    Pairs(tmp_path / "pairs", {"steps": 2, "seed": 0}, fps=8)
-    with pytest.raises(ValueError, match="another steps: 2; got 3"):
+    Pairs(tmp_path / "pairs", {"steps": 1, "seed": 0}, fps=8)
+    pairs = Pairs(tmp_path / "pairs", {"steps": 2, "seed": 0}, fps=8)  # the first has finished nothing
+    pairs.keep(0, Comparison("a", 0, compare(clip(), clip()), 2.0, 1.0, clip(), clip()), {})
+    with pytest.raises(ValueError, match="differs in steps: 2; got 3"):
         Pairs(tmp_path / "pairs", {"steps": 3, "seed": 0}, fps=8)
+    assert Pairs(tmp_path / "pairs", {"steps": 2, "seed": 0}, fps=8).done() == {0}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="neither"):
@@ -312,7 +315,7 @@ def test_killed_after_a_pair_it_goes_on_and_ends_with_the_same_numbers(plan, who
     before = kept.read_bytes()
     (tmp_path / "out.unfinished" / "pair-00001.json.new").write_text("half of a pai")
     assert main(words(plan, out, "--seed", "1")) == 2
-    assert "another seed: 0; got 1" in capsys.readouterr().err
+    assert "differs in seed: 0; got 1" in capsys.readouterr().err
     assert main(words(plan, out)) == 0
     assert "going on with" in capsys.readouterr().err
     assert timeless(out) == timeless(whole)

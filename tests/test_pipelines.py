@@ -268,7 +268,7 @@ def test_a_wrong_use_says_what_and_why(models, words, tmp_path, capsys):
     wrong = {
         "is no safetensors file": [*generate, "--prompt-embeds", tmp_path / "words.safetensors"],
         "must hold a tensor prompt_embeds": [*generate, "--prompt-embeds", tmp_path / "other.safetensors"],
-        "No such file": [*generate, "--prompt-embeds", tmp_path / "none.safetensors"],
+        "a prompt as embeddings must be a file": [*generate, "--prompt-embeds", tmp_path / "none.safetensors"],
         "one prompt is needed": [*generate, "--prompt", "a", *cat],
         "got 0": generate,
         "at least one prompt is needed": calibrate,

@@ -25,7 +25,7 @@ from paroattn.precision import FORMATS, Precision, hadamard, quantize
 pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import interpreter
 
-from paroattn.kernels import feedback, prepare, sparse, tiles
+from paroattn.kernels import feedback, portable, prepare, sparse, tiles
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -547,7 +547,7 @@ def test_lists_hold_the_kept_blocks_and_counts_leave_out_padding():
             return lambda *args, **kwargs: seen.update(kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "_sparse_kernel", Listening())
+        patch.setattr(portable, "_sparse_kernel", Listening())
         case.run("fp16")
     counts, indices = case.mask.key_lists()
     whole = (

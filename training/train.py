@@ -110,78 +110,107 @@ def held_out_loss(
     return sum(losses) / len(losses)
 
 
-def train(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    photographs = load_photographs(device, max(160, 2 * args.size[1]))
-    model = Model(args.size).to(device)
-    if args.start:
-        model.start_from(args.start)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER)
-    )
-    optims = optimizers(model, args.rate)
-    generator = Generator(device).manual_seed(args.seed)
-    checkpoint = args.out / "checkpoint.pt"
-    settings = {name: getattr(args, name) for name in ("steps", "batch", "rate", "seed", "size")}
-    start, log, before = 0, [], 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["settings"] != settings:
-            raise ValueError(f"{checkpoint} was made with {state['settings']}; got {settings}. Give another --out.")
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
+class Run:
+    """A training run: what is trained, on what, how far it is, and the checkpoint it goes on from.
+
+    Attributes:
+        step: Steps that are done.
+        log: Losses so far.
+        average: Running average of the weights, which ships.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.photographs = load_photographs(device, max(160, 2 * args.size[1]))
+        self.model = Model(args.size).to(device)
+        if args.start:
+            self.model.start_from(args.start)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 1 / AVERAGE_OVER)
+        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+        self.optims = optimizers(self.model, args.rate)
+        self.generator = Generator(device).manual_seed(args.seed)
+        self.checkpoint = args.out / "checkpoint.pt"
+        self.settings = {name: getattr(args, name) for name in ("steps", "batch", "rate", "seed", "size")}
+        self.step, self.log, before = 0, [], 0.0
+        if self.checkpoint.exists():
+            before = self._resume()
+        self.runner = torch.compile(self.model) if device.type == "cuda" and not args.eager else self.model
+        self.began = time.time() - before
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without what lay between its parts."""
+        return time.time() - self.began
+
+    def _resume(self) -> float:
+        """Go on from the checkpoint; returns the seconds that it took to come there."""
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state["settings"] != self.settings:
+            raise ValueError(
+                f"{self.checkpoint} was made with {state['settings']}; got {self.settings}. Give another --out."
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optim, saved in zip(self.optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
-        generator.set_state(state["generator"].cpu())
-        start, log, before = state["step"], state["log"], state["seconds"]
-        print(f"continuing at step {start}")
-    runner = torch.compile(model) if device.type == "cuda" and not args.eager else model
-    began = time.time() - before
-    for step in range(start, args.steps):
-        words = draw_words(args.batch, generator)
-        clips = render(words, photographs, args.size, generator)
-        dropped = torch.rand(args.batch, generator=generator, device=device) < UNCONDITIONAL
+        self.generator.set_state(state["generator"].cpu())
+        self.step, self.log = state["step"], state["log"]
+        print(f"continuing at step {self.step}")
+        return state["seconds"]
+
+    def keep(self) -> None:
+        """Write the checkpoint, all of it or nothing."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optims": [optim.state_dict() for optim in self.optims],
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "settings": self.settings,
+            "log": self.log,
+            "seconds": self.seconds,
+        }
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        scratch = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, scratch)
+        scratch.rename(self.checkpoint)
+
+    def train_once(self) -> Tensor:
+        """One step on new clips; returns its loss."""
+        batch, random = self.args.batch, {"generator": self.generator, "device": self.device}
+        words = draw_words(batch, self.generator)
+        clips = render(words, self.photographs, self.args.size, self.generator)
+        dropped = torch.rand(batch, **random) < UNCONDITIONAL
         ids = words.ids().masked_fill(dropped[:, None], 0)
-        uniform = (
-            torch.randperm(args.batch, generator=generator, device=device)
-            + torch.rand(args.batch, generator=generator, device=device)
-        ) / args.batch
-        for optim in optims:
+        uniform = (torch.randperm(batch, **random) + torch.rand(batch, **random)) / batch
+        for optim in self.optims:
             for group in optim.param_groups:
-                group["lr"] = args.rate * rate_at(step, args.steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = denoising_loss(runner, clips, ids, uniform, generator)
+                group["lr"] = self.args.rate * rate_at(self.step, self.args.steps)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = denoising_loss(self.runner, clips, ids, uniform, self.generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optim in self.optims:
             optim.step()
             optim.zero_grad(set_to_none=True)
-        average.update_parameters(model)
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return loss
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train to the last step, from the checkpoint if there is one, and write what ships."""
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    run = Run(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for step in range(run.step, args.steps):
+        loss = run.train_once()
         if step % 100 == 0 or step == args.steps - 1:
-            log.append({"step": step, "loss": round(loss.item(), 5), "seconds": round(time.time() - began, 1)})
-            print(log[-1], flush=True)
+            run.log.append({"step": step, "loss": round(loss.item(), 5), "seconds": round(run.seconds, 1)})
+            print(run.log[-1], flush=True)
         if step and step % args.save_every == 0:
-            state = {
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optims": [o.state_dict() for o in optims],
-            }
-            args.out.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                state
-                | {
-                    "generator": generator.get_state(),
-                    "step": step + 1,
-                    "settings": settings,
-                    "log": log,
-                    "seconds": time.time() - began,
-                },
-                checkpoint.with_suffix(".tmp"),
-            )
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
-    finish(average.module, photographs, args, log, time.time() - began)
+            run.keep()
+    finish(run.average.module, run.photographs, args, run.log, run.seconds)
 
 
 def finish(model: Any, photographs: Tensor, args: argparse.Namespace, log: list[dict], seconds: float) -> None:

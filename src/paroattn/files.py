@@ -13,6 +13,36 @@ from typing import Any
 LARGEST_JSON = 64 * 2**20
 
 
+def existing_file(path: str | os.PathLike, what: str) -> Path:
+    """The path, if a file is there.
+
+    Args:
+        path: Of the file.
+        what: What it holds, for the message.
+
+    Raises:
+        FileNotFoundError: If nothing is there, or a folder.
+    """
+    found = Path(path)
+    if found.is_dir() or not found.exists():
+        kind = "which is a folder" if found.is_dir() else "which does not exist"
+        raise FileNotFoundError(f"{what} must be a file; got {str(path)!r}, {kind}. Check the path.")
+    return found
+
+
+def read_words(path: str | os.PathLike, what: str) -> str:
+    """Read a text file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no text in UTF-8.
+    """
+    try:
+        return existing_file(path, what).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} must be text in UTF-8; got {str(path)!r}, which is not ({error.reason})") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

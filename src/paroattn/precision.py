@@ -78,13 +78,11 @@ class Precision:
         """
         if isinstance(text, Precision):
             return text
-        if text in PRECISIONS:
-            return PRECISIONS[text]
-        if text.count("/") != 1:
+        if not isinstance(text, str) or (text not in PRECISIONS and text.count("/") != 1):
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)} or QK/PV such as int8/fp8; got {text!r}"
             )
-        return cls(*text.split("/"))
+        return PRECISIONS[text] if text in PRECISIONS else cls(*text.split("/"))
 
 
 PRECISIONS = {

@@ -1,36 +1,59 @@
 """The words of every command."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
-from ..grid import CANDIDATES
 
+CANDIDATES = "FHW FWH HFW HWF WFH WHF 4x4x4 1x8x8 16x2x2 4x2x8"
+"""As in grid.py, which loads PyTorch; help and a wrong word come without."""
 Run = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = f"{self.prog} {parsed.command}"
+            self.exit(2, f"{command}: unknown arguments: {' '.join(unknown)}. {command} --help lists all options.\n")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. {self.prog} --help lists all options.\n")
 
 
 def parser(commands: Mapping[str, Run]) -> argparse.ArgumentParser:
     """The parser of `paro`; a command's help is its function's docstring."""
-    top = argparse.ArgumentParser(prog="paro", description="Sparse, quantised attention for diffusion transformers.")
+    top = _Parser(prog="paro", description="Sparse, quantised attention for diffusion transformers.")
     top.add_argument("--version", action="version", version=f"paroattn {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for name, run in commands.items():
-        sub = subparsers.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__)
+        words, parts = _ARGUMENTS[name]
+        sub = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__, usage=f"paro {name} {words}")
         sub.set_defaults(run=run)
-        for part in _ARGUMENTS[name]:
-            part(sub)
+        for title, part in parts.items():
+            part(sub.add_argument_group(title))
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite; got {text}")
     return value
 
 
@@ -41,7 +64,7 @@ def _count(text: str) -> int:
     return value
 
 
-def _demo_arguments(sub: argparse.ArgumentParser) -> None:
+def _demo_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--out", type=Path, default=Path("paro-demo"), help="folder to write (default: %(default)s)")
     sub.add_argument("--density", type=float, help="kept share of blocks of the plan it makes")
     sub.add_argument("--clips", type=int, help="pairs of clips to generate")
@@ -50,7 +73,7 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, help="seed of every clip")
 
 
-def _model_arguments(sub: argparse.ArgumentParser) -> None:
+def _model_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("model", help='"demo" for the bundled model, or a diffusers model folder or hub id')
     sub.add_argument(
         "--pipeline", help="class in diffusers, such as WanVideoToVideoPipeline (default: the model's own)"
@@ -71,30 +94,24 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
         help="more for from_pretrained, such as variant=fp16 or revision=main",
     )  # fmt: skip
     sub.add_argument(
-        "--seed", type=int, default=0, help="seed of the clips; calibration counts up from it (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--precision",
-        help="such as int8, int4, bf16 or int8/fp8; to calibrate also auto: INT4 where it pays on --gpu, "
-        "INT8 in the others (default: the plan's, or the model's dtype)",
+        "--seed", type=int, default=0, help="seed of the first clip, others count up from it (default: %(default)s)"
     )
 
 
-def _prompts_arguments(sub: argparse.ArgumentParser) -> None:
+def _prompts_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--prompts", type=Path, help="text file, one prompt a line, or .jsonl with arguments of their own")
     sub.add_argument("--prompt", action="append", default=[], help="one more prompt; may be repeated")
     _embeddings_argument(sub)
 
 
-def _embeddings_argument(sub: argparse.ArgumentParser) -> None:
+def _embeddings_argument(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument(
         "--prompt-embeds", type=Path, action="append", default=[], metavar="FILE",
         help="a prompt as .safetensors with prompt_embeds and others by name; may be repeated",
     )  # fmt: skip
 
 
-def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
-    _prompts_arguments(sub)
+def _calibration_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument(
         "--steps", type=_count, default=10, help="steps of the calibration schedule (default: %(default)s)"
@@ -111,7 +128,7 @@ def _calibration_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--row-stride", type=int, default=1, help="measure one query row in so many (default: all)")
 
 
-def _replan_arguments(sub: argparse.ArgumentParser) -> None:
+def _replan_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("plan", type=Path, help="folder that paro calibrate wrote")
     sub.add_argument("--out", type=Path, help="folder to write; without it, only the curve is shown")
     sub.add_argument(
@@ -119,43 +136,46 @@ def _replan_arguments(sub: argparse.ArgumentParser) -> None:
         help="show density, predicted error and predicted time; also as .html or .json",
     )  # fmt: skip
     sub.add_argument(
-        "--precision",
-        help="precision of every head, such as int8, int4, bf16 or int8/fp8, or auto: INT4 in the heads in which it "
-        "pays on --gpu, INT8 in the others (default: as in the plan)",
-    )
-    sub.add_argument(
         "--grid", metavar="FxHxW",
         help="make the plan for this grid of tokens, from statistics of the other; what that loses is not measured",
     )  # fmt: skip
 
 
-def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+def _plan_arguments(sub: argparse._ArgumentGroup) -> None:
     target = sub.add_mutually_exclusive_group()
     target.add_argument("--density", type=float, help="kept share of the video's blocks (default: 0.25)")
-    target.add_argument("--error", type=float, help="instead: predicted relative squared error, such as 0.003")
-    target.add_argument("--snr", type=float, metavar="DB", help="instead: the same as dB, such as 25")
+    target.add_argument("--error", type=_positive, help="instead: predicted relative squared error, such as 0.003")
+    target.add_argument("--snr", type=_finite, metavar="DB", help="instead: the same as dB, such as 25")
     target.add_argument(
-        "--speedup", type=float, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
+        "--speedup", type=_positive, help="instead: predicted speed-up of one compiled forward over dense, such as 1.8"
     )
     sub.add_argument(
         "--gpu", default="NVIDIA H200",
         help="where times are predicted, or an architecture such as sm_89 for --precision auto (default: %(default)s)",
     )  # fmt: skip
     sub.add_argument(
+        "--precision",
+        help="of every head, such as int8, int4, bf16 or int8/fp8, or auto: INT4 in the heads in which it pays on "
+        "--gpu, INT8 in the others (default: of the plan it is made from, or the model's dtype)",
+    )
+    sub.add_argument(
         "--int4-share", type=float, metavar="SHARE",
         help="with --precision auto: how many of the heads are in INT4, 0 to 1, those that are predicted to lose least",
     )  # fmt: skip
-    sub.add_argument("--order-score", default="output_error", help="none, paper, mass or output_error")
-    sub.add_argument("--mask-score", default="output_error", help="mass or output_error")
-    sub.add_argument("--budget", default="layer_normalised", help="global, per_head or layer_normalised")
     sub.add_argument(
-        "--orders", nargs="+", help=f"candidate orders (default: {' '.join(CANDIDATES)}; of statistics, all in them)"
+        "--order-score", default="output_error", help="none, paper, mass or output_error (default: %(default)s)"
+    )
+    sub.add_argument("--mask-score", default="output_error", help="mass or output_error (default: %(default)s)")
+    sub.add_argument(
+        "--budget", default="layer_normalised", help="global, per_head or layer_normalised (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--orders", nargs="+", help=f"candidate orders (default: {CANDIDATES}; of statistics, all in them)"
     )
     sub.add_argument("--phase-ends", type=float, nargs="+", help="shares of the steps at which phases end")
 
 
-def _refine_arguments(sub: argparse.ArgumentParser) -> None:
-    _prompts_arguments(sub)
+def _refine_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--plan", type=Path, required=True, help="folder that paro calibrate or paro plan wrote")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--steps", type=_count, default=10, help="inference steps of every clip (default: %(default)s)")
@@ -166,7 +186,7 @@ def _refine_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _show_arguments(sub: argparse.ArgumentParser) -> None:
+def _show_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("plan", help="plan folder or hub id")
     sub.add_argument("--html", type=Path, help="also draw orders, densities and masks into this page")
     sub.add_argument("--png", type=Path, help="also draw the mask of every head, with its order and density, into one")
@@ -176,37 +196,38 @@ def _show_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_arguments(sub: argparse.ArgumentParser) -> None:
+def _run_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--plan", help="plan folder or hub id (default for demo: the plan that ships)")
-    sub.add_argument("--steps", type=_count, help="inference steps (default: the pipeline's own)")
+    sub.add_argument("--precision", help="instead of the plan's: int8, int4, bf16, int8/fp8 and others")
     sub.add_argument(
         "--allow-dense", action="store_true", help="run calls that do not fit the plan dense instead of failing"
     )
-
-
-def _slower_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--even-if-slower", action="store_true",
         help="follow the plan in layers too that dense attention is predicted to serve faster on this GPU",
     )  # fmt: skip
 
 
-def _fps_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--fps", type=_positive, default=8.0, help="frames per second of the file (default: %(default)s)")
-
-
-def _generate_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--prompt", help="what to show")
-    _embeddings_argument(sub)
-    sub.add_argument("--out", type=Path, required=True, help=".mp4, .gif, .webp or .png; .png for images")
-    _fps_argument(sub)
+def _run_or_dense_arguments(sub: argparse._ArgumentGroup) -> None:
+    _run_arguments(sub)
     sub.add_argument("--dense", action="store_true", help="dense attention, no plan")
 
 
-def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
-    _prompts_arguments(sub)
+def _clip_arguments(sub: argparse._ArgumentGroup) -> None:
+    sub.add_argument("--steps", type=_count, help="inference steps (default: the pipeline's own)")
+    sub.add_argument("--fps", type=_positive, default=8.0, help="frames per second of the file (default: %(default)s)")
+
+
+def _generate_arguments(sub: argparse._ArgumentGroup) -> None:
+    sub.add_argument("--prompt", help="what to show")
+    _embeddings_argument(sub)
+    sub.add_argument("--out", type=Path, required=True, help=".mp4, .gif, .webp or .png; .png for images")
+    _clip_arguments(sub)
+
+
+def _evaluate_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    _fps_argument(sub)
+    _clip_arguments(sub)
     sub.add_argument(
         "--samples", type=_count, default=1, help="pairs of every prompt, seeds counting up (default: %(default)s)"
     )
@@ -224,11 +245,11 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _call_arguments(sub: argparse.ArgumentParser) -> None:
+def _call_arguments(sub: argparse._ArgumentGroup) -> None:
     for name in ("height", "width"):
         sub.add_argument(f"--{name}", type=_count, help="in pixels (default: the pipeline's own)")
     sub.add_argument("--num-frames", "--frames", type=_count, help="frames of a video (default: the pipeline's own)")
-    sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
+    sub.add_argument("--guidance-scale", type=_finite, help="classifier-free guidance")
     sub.add_argument("--negative-prompt", help="for classifier-free guidance")
     sub.add_argument(
         "--image", type=Path, action="append", default=[], help="picture to start from; repeated, a list of them"
@@ -239,7 +260,7 @@ def _call_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _doctor_arguments(sub: argparse.ArgumentParser) -> None:
+def _doctor_arguments(sub: argparse._ArgumentGroup) -> None:
     sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
     sub.add_argument("--no-kernels", action="store_true", help="look at the machine only, compile and time nothing")
     sub.add_argument("--model", help="predict the speed-up of a model, such as wan-14b; --model list names them all")
@@ -248,13 +269,40 @@ def _doctor_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--block", default="64x64", help="query x key tokens of a block (default: %(default)s)")
 
 
+_MODEL, _PROMPTS, _CALL = "the model", "prompts", "what is generated"
 _ARGUMENTS = {
-    "demo": (_demo_arguments,),
-    "calibrate": (_model_arguments, _calibration_arguments, _plan_arguments, _call_arguments),
-    "plan": (_replan_arguments, _plan_arguments),
-    "refine": (_model_arguments, _refine_arguments, _call_arguments),
-    "show": (_show_arguments,),
-    "generate": (_model_arguments, _run_arguments, _slower_argument, _generate_arguments, _call_arguments),
-    "evaluate": (_model_arguments, _run_arguments, _slower_argument, _evaluate_arguments, _call_arguments),
-    "doctor": (_doctor_arguments,),
-}
+    "demo": ("[options]", {"the story": _demo_arguments}),
+    "calibrate": (
+        "MODEL --prompts FILE --out PLAN [options]",
+        {
+            _MODEL: _model_arguments, _PROMPTS: _prompts_arguments, "calibration": _calibration_arguments,
+            "the plan made from it": _plan_arguments, _CALL: _call_arguments,
+        },
+    ),
+    "plan": (
+        "PLAN --density DENSITY --out PLAN [options]", {"from what": _replan_arguments, "the new plan": _plan_arguments}
+    ),
+    "refine": (
+        "MODEL --plan PLAN --prompts FILE --out PLAN [options]",
+        {
+            _MODEL: _model_arguments, _PROMPTS: _prompts_arguments, "refining": _refine_arguments,
+            _CALL: _call_arguments,
+        },
+    ),
+    "show": ("PLAN [options]", {"the plan": _show_arguments}),
+    "generate": (
+        "MODEL --plan PLAN --prompt TEXT --out FILE [options]",
+        {
+            _MODEL: _model_arguments, "with which attention": _run_or_dense_arguments, "the clip": _generate_arguments,
+            _CALL: _call_arguments,
+        },
+    ),
+    "evaluate": (
+        "MODEL --plan PLAN --prompts FILE --out FOLDER [options]",
+        {
+            _MODEL: _model_arguments, "with which attention": _run_arguments, _PROMPTS: _prompts_arguments,
+            "the evaluation": _evaluate_arguments, _CALL: _call_arguments,
+        },
+    ),
+    "doctor": ("[options]", {"what to look at": _doctor_arguments}),
+}  # fmt: skip

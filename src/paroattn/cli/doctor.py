@@ -26,6 +26,9 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:
     """Check this machine: what is installed, whether every kernel agrees with the reference, and how fast it is."""
+    import torch
+
+    from ..integration.pipelines import device_named
     from ..plan.workloads import workload
 
     if args.model == "list":
@@ -38,7 +41,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--size needs --model, such as --model wan-14b --size 720p")
     if not 0 < args.density <= 1:
         raise ValueError(f"density must be above 0 and at most 1; got {args.density}")
-    device = _device(args.device)
+    device = torch.device(device_named(args.device))
     machine = describe_machine(device)
     for name, value in machine.items():
         say(f"{name:16} {value}")
@@ -301,15 +304,6 @@ def _list_models() -> dict[str, Any]:
             models.setdefault(name, {})[size] = {"grid": str(layout.grid), "tokens": layout.tokens, "share": share}
     console().print(table)
     return {"models": models}
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU that PyTorch sees; got none. Run without --device to see why.")
-    return device
 
 
 def _driver() -> str | None:

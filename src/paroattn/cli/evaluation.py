@@ -19,13 +19,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Generate every prompt dense and with the plan, same seeds, and report the differences."""
     from ..evaluation.metrics import check_metric
     from ..evaluation.ranks import ranks
-    from ..files import check_writable, read_json
+    from ..files import check_writable, existing_file, read_json
 
     _ = prompts_of(args), call_of(args)  # what is wrong with them is said before any work
     check_writable(args.out, FOLDER)
     for name in args.metrics:
         check_metric(name)
-    other = read_json(args.against / RESULTS) if args.against else None
+    other = read_json(existing_file(args.against / RESULTS, "what --against compares with")) if args.against else None
     with ranks(args.timeout) as group:
         numbers = _evaluate(args, group, other)
     if not group.first:
@@ -123,17 +123,8 @@ def _asked(args: argparse.Namespace, prompts: Sequence[str], plan: Any) -> dict[
     from ..integration.journal import described
 
     names = (
-        "model",
-        "seed",
-        "samples",
-        "steps",
-        "precision",
-        "allow_dense",
-        "even_if_slower",
-        "dtype",
-        "metrics",
-        "fps",
-    )
+        "model", "seed", "samples", "steps", "precision", "allow_dense", "even_if_slower", "dtype", "metrics", "fps",
+    )  # fmt: skip
     return {
         "prompts": described(list(prompts)), "call": described(call_of(args)), "plan": plan.digest(),
         **{name: getattr(args, name) for name in names},

@@ -4,21 +4,30 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+LOADED = ("pipeline", "vae_dtype", "vae_tiling", "without", "load")
+"""What says how a diffusers pipeline is loaded; the bundled model is not one."""
 CALL_ARGUMENTS = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")
 
 
 def pipeline_of(args: argparse.Namespace) -> Any:
     """The bundled pipeline for "demo", or a diffusers pipeline by folder or hub id."""
-    from ..integration.pipelines import default_device, dtype_of, load_pipeline, place, read_arguments
+    from ..integration.pipelines import device_named, dtype_of, load_pipeline, place, read_arguments
 
-    device = args.device or default_device()
+    device = device_named(args.device)
     if args.model == "demo":
         from ..demo.pipeline import load_demo
 
+        _check_nothing_else_is_loaded(args)
         return place(load_demo(dtype=dtype_of(args.dtype or "fp32", device)), device, args.offload)
     settings = {"device": device, "dtype": args.dtype, "vae_dtype": args.vae_dtype, "pipeline": args.pipeline}
     load = dict.fromkeys(args.without) | read_arguments(args.load)
     return load_pipeline(args.model, **settings, offload=args.offload, vae_tiling=args.vae_tiling, **load)
+
+
+def _check_nothing_else_is_loaded(args: argparse.Namespace) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in LOADED if getattr(args, name)]
+    if given:
+        raise ValueError(f"demo comes whole and takes no {given[0]}. Leave it out, or name another model.")
 
 
 def device_of(pipe: Any) -> Any:
@@ -45,7 +54,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     prompts += map(read_embeddings, args.prompt_embeds)
     if not prompts:
         raise ValueError("at least one prompt is needed; give --prompts FILE, --prompt TEXT or --prompt-embeds FILE")
-    return prompts
+    return _understood(args, prompts)
 
 
 def prompt_of(args: argparse.Namespace) -> str:
@@ -55,7 +64,17 @@ def prompt_of(args: argparse.Namespace) -> str:
     given = [*([args.prompt] if args.prompt else []), *map(read_embeddings, args.prompt_embeds)]
     if len(given) != 1:
         raise ValueError(f"one prompt is needed, as --prompt TEXT or --prompt-embeds FILE; got {len(given)}")
-    return given[0]
+    return _understood(args, given)[0]
+
+
+def _understood(args: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """The prompts, all of which the bundled model knows; other models take any words."""
+    if args.model == "demo":
+        from ..demo.prompt import words_of
+
+        for prompt in prompts:
+            words_of(prompt)
+    return prompts
 
 
 def call_of(args: argparse.Namespace) -> dict[str, Any]:

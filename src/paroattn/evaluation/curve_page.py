@@ -31,17 +31,23 @@ def write_curves(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         ValueError: If the file is neither.
         IsADirectoryError, PermissionError: If it cannot be written; before anything is drawn.
     """
-    path = check_file(path)
+    path = check_curve_path(path)
     if path.suffix.lower() == ".json":
         with replacing(path) as target:
             target.write_text(json.dumps(curves, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
-    if path.suffix.lower() != ".html":
-        raise ValueError(f"a curve is written as .html or .json; got {path.name!r}")
     title = "Density, error and time"
     several = len(curves) > 1
     parts = [curve_section(curve, f" – {name}" if several else "") for name, curve in curves.items()]
     return write_page(path, title, [tag("header", tag("h1", title)), *parts])
+
+
+def check_curve_path(path: str | os.PathLike) -> Path:
+    """Raise before any work if `write_curves` would fail for this path; the errors are the same."""
+    path = check_file(path)
+    if path.suffix.lower() not in (".html", ".json"):
+        raise ValueError(f"a curve is written as .html or .json; got {path.name!r}")
+    return path
 
 
 def curve_section(curve: Mapping[str, Any], of: str = "") -> Markup:

@@ -44,7 +44,7 @@ class Pairs:
         pixels: Keep the clips' pixels too, for metrics over all of them.
 
     Raises:
-        ValueError: If the folder holds an evaluation of something else.
+        ValueError: If the folder holds pairs of another evaluation.
         FileExistsError: If it holds anything else.
     """
 
@@ -55,14 +55,20 @@ class Pairs:
         if not (folder / ASKED).is_file():
             if any(not path.name.endswith(SCRATCH) for path in folder.iterdir()):
                 raise FileExistsError(f"{folder} must be a new folder or an unfinished evaluation; it is neither")
-            write_whole(folder / ASKED, json.dumps(asked, indent=1).encode())
+            self._begin(asked)
         known = read_json(folder / ASKED)
-        if differing := [name for name in asked if asked[name] != known.get(name)]:
+        differing = [name for name in asked if asked[name] != known.get(name)]
+        if differing and self.done():
             name = differing[0]
             raise ValueError(
-                f"{folder} holds an unfinished evaluation with another {name}: {known.get(name)}; got {asked[name]}. "
-                f"Finish it with the same settings, or remove {folder}"
+                f"{folder} holds an unfinished evaluation that differs in {name}: {known.get(name)}; got "
+                f"{asked[name]}. Finish it with the same settings, or remove {folder}"
             )
+        if differing:  # one that failed before its first pair
+            self._begin(asked)
+
+    def _begin(self, asked: Mapping[str, Any]) -> None:
+        write_whole(self.folder / ASKED, json.dumps(asked, indent=1).encode())
 
     def done(self) -> set[int]:
         """Numbers of the finished pairs."""

@@ -58,15 +58,21 @@ def write_plan_picture(plan: Mapping[str, TransformerPlan], path: str | os.PathL
         ValueError: If the file is no .png.
         IsADirectoryError, PermissionError: If the file cannot be written; before anything is drawn.
     """
-    path = check_file(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"a picture of a plan is written as .png; got {path.name!r}")
+    path = check_picture(path)
     parts = [draw_plan(part, phase=phase) for part in plan.values()]
     canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     for index, part in enumerate(parts):
         canvas.paste(part, (0, sum(above.height for above in parts[:index])))
     with replacing(path) as target:
         canvas.save(target)
+    return path
+
+
+def check_picture(path: str | os.PathLike) -> Path:
+    """Raise before any work if `write_plan_picture` would fail for this path; the errors are the same."""
+    path = check_file(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"a picture of a plan is written as .png; got {path.name!r}")
     return path
 
 
@@ -234,5 +240,6 @@ def _block(plan: TransformerPlan) -> str:
 
 def _meaning(order: str) -> str:
     if order not in ORDERS:
-        return "boxes of {} frames × {} rows × {} columns".format(*order.split("x"))
+        counts = zip(map(int, order.split("x")), ("frame", "row", "column"), strict=True)
+        return "boxes of " + " × ".join(plural(count, axis) for count, axis in counts)
     return " → ".join(AXES[axis] for axis in order) + (" (the model's own)" if order == ORDERS[0] else "")

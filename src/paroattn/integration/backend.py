@@ -171,28 +171,29 @@ def attend(
     if call is not None and call.observer is not None and layout is not None:
         for part, *tensors in _without_padding(layout, attn_mask, query, key, value):
             call.observer(layer.name, layer.attn, *tensors, part, call)
-    if reason is not None:
+    if reason is not None or layer.faster_dense:
         if counting:
-            layer.dense_calls[reason] += 1
-        return _all_blocks(dense, layer, layout, attn_mask)
-    if layer.faster_dense:
-        if counting:
-            layer.dense_calls[layer.why_dense] += 1
+            layer.dense_calls[reason or layer.why_dense] += 1
         return _all_blocks(dense, layer, layout, attn_mask)
     assert call is not None and layout is not None  # no look at the phase: compiled code would be made for it
     operands = layer.operands_on(query.device)
     run = _follow if ranks is None else functools.partial(_follow_shared, ranks)
     out = run(layer, layout, operands, query, key, value, attn_mask, scale)
     if counting:
-        assert call.phase is not None
-        layer.sparse_calls[call.phase, layout.text.tokens] += 1
-        if call.phase not in layer.ran:
-            some = query[:, :, : operands.mask.heads]
-            layer.ran[call.phase] = what_runs(
-                some, operands.mask, precision=operands.precision, softmax_scale=scale,
-                text_tokens=layout.text.tokens, impl=layer.owner.impl,
-            )  # fmt: skip
+        _count(layer, call, layout, query, operands, scale)
     return out
+
+
+def _count(layer: Layer, call: Call, layout: Layout, query: Tensor, operands: Operands, scale: float | None) -> None:
+    """Remember that a layer followed its plan, and once for each phase what ran it."""
+    assert call.phase is not None
+    layer.sparse_calls[call.phase, layout.text.tokens] += 1
+    if call.phase not in layer.ran:
+        some = query[:, :, : operands.mask.heads]
+        layer.ran[call.phase] = what_runs(
+            some, operands.mask, precision=operands.precision, softmax_scale=scale, text_tokens=layout.text.tokens,
+            impl=layer.owner.impl,
+        )  # fmt: skip
 
 
 def _all_blocks(dense: Callable[..., Tensor], layer: Layer, layout: Layout | None, attn_mask: Tensor | None) -> Tensor:

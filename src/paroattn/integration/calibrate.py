@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from ..plan.plan import COMPONENTS, HUB_ID, Plan, own_config
 from ..plan.search import DENSITY, PlanSettings, make_plan
 from ..plan.workloads import known_model
 from .apply import recording, unwrapped
-from .collecting import Collector, Economy, StartOver, check_prompts, explained
-from .generate import run
+from .collecting import Collector, Economy, StartOver, check_prompts, check_steps, explained
+from .generate import check_call, run
 from .journal import Journal, described, discard, unfinished
 from .models import head_size, self_attentions
 from .processes import everyones, group, wait
@@ -88,14 +88,15 @@ def calibrate(
         A plan for every transformer of the pipeline that ran.
 
     Raises:
-        ValueError: If there is no prompt or a setting is out of range, before the model runs; or if the unfinished
-            calibration is one with other settings.
+        TypeError, ValueError: If there is no prompt, or a setting is out of range or unknown, before the model runs;
+            or if the unfinished calibration is one with other settings.
         OSError: If the disk is full. What was measured before is kept.
         RuntimeError: If memory ends. What was measured before is kept.
 
     Source:
         PAROAttention (arXiv 2506.16054): static plans from one or two prompts; scores and budget are ours.
     """
+    _check_places(call)
     settings = settings or PlanSettings()
     settings = replace(settings, precision=precision or settings.precision or own_precision(pipe))
     settings = settings if density is None else settings.at(density)
@@ -129,6 +130,16 @@ def calibrate(
     if journal is not None and group()[0] == 0:
         discard(journal)
     return plan
+
+
+def _check_places(call: Mapping[str, Any]) -> None:
+    """No pipeline takes what settings of the plan and of the capture are called."""
+    for place, kind in (("settings", PlanSettings), ("capture", CaptureSettings)):
+        for name in (field.name for field in fields(kind) if field.name in call):
+            raise TypeError(
+                f"{name} must be given as {place}={kind.__name__}({name}=…); got it as an argument of its own. "
+                f"Import {kind.__name__} from {kind.__module__}."
+            )
 
 
 def check_times(pipe: Any, settings: PlanSettings, capture: CaptureSettings) -> None:
@@ -169,6 +180,11 @@ def load_statistics(folder: str | os.PathLike) -> dict[str, Statistics]:
     Raises:
         ValueError: If the folder holds no statistics, or damaged ones.
     """
+    if not Path(folder).parent.is_dir():
+        raise ValueError(
+            f"statistics lie in the folder that a calibration wrote; got {str(Path(folder).parent)!r}, "
+            "which is no folder. Check the path."
+        )
     found = [name for name in COMPONENTS if (Path(folder) / name / "statistics.json").is_file()]
     if not found:
         raise ValueError(
@@ -207,29 +223,25 @@ def collect(
         ValueError: As `calibrate`, or if the journal is that of another calibration.
         OSError, RuntimeError: As `calibrate`.
     """
-    prompts = check_prompts(prompts)
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more; got {steps}")
-    transformers = transformers_of(pipe)
+    prompts, transformers = check_prompts(prompts), transformers_of(pipe)
+    check_steps(steps)
+    check_call(pipe, call)
     settings, economy = settings or PlanSettings(), economy or Economy()
     capture = capture or CaptureSettings()
     exact = True if capture.block_stride > 1 else exact
-    made = {"prompts": prompts, "steps": steps, "seed": seed, "call": {k: v for k, v in call.items() if _is_plain(v)}}
-    chosen_at = {"density": settings.density or DENSITY}
-    orders = chosen_at | {name: getattr(settings, name) for name in ("order_score", "mask_score", "orders")}
-    asked = {
-        "prompts": prompts, "steps": steps, "seed": seed, "call": call,
-        "models": {name: _told_apart(each) for name, each in transformers.items()},
-        "capture": asdict(capture), "orders": orders, "economy": asdict(economy), "measured": exact, "impl": impl,
+    what = {"prompts": prompts, "steps": steps, "seed": seed}
+    orders = {name: getattr(settings, name) for name in ("order_score", "mask_score", "orders")}
+    made = what | {"call": {k: v for k, v in call.items() if _is_plain(v)}, "model": _name_on_hub(pipe)}
+    asked = what | {
+        "call": call, "models": {name: _told_apart(each) for name, each in transformers.items()},
+        "capture": asdict(capture), "orders": {"density": settings.density or DENSITY} | orders,
+        "economy": asdict(economy), "measured": exact, "impl": impl,
     }  # fmt: skip
-    made["model"] = _name_on_hub(pipe)
     folder, scratch = _place(journal)
     with ExitStack() as stack:
         stack.enter_context(explained(folder))
         report = progress or stack.enter_context(progress_bar(f"calibrating on {len(prompts)} prompts"))
-        kept = Journal(folder, described(asked), exact)
-        everywhere = everyones({group()[0]: kept.done}).values()
-        kept.done = [name for name in kept.done if all(name in done for done in everywhere)]
+        kept = _journal(folder, asked, exact)
         collector = Collector(
             transformers, len(prompts), steps, capture, settings, economy, kept, made, impl, report, scratch
         )  # fmt: skip
@@ -245,6 +257,14 @@ def collect(
             collector.finish()
         report(1.0)
         return collector.result()
+
+
+def _journal(folder: Path | None, asked: Mapping[str, Any], exact: bool | None) -> Journal:
+    """What is remembered of this calibration; runs that another process has not finished count as not finished."""
+    kept = Journal(folder, described(asked), exact)
+    everywhere = everyones({group()[0]: kept.done}).values()
+    kept.done = [name for name in kept.done if all(name in done for done in everywhere)]
+    return kept
 
 
 def _place(journal: str | os.PathLike | None) -> tuple[Path | None, Any]:

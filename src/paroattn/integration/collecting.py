@@ -11,7 +11,7 @@ Processes that have joined share the layers: each runs every prompt, and measure
 import errno
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -392,9 +392,22 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     """The prompts as a list.
 
     Raises:
+        TypeError: If they are no texts.
         ValueError: If there is none, or an empty one.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"calibration needs at least one prompt, none of them empty; got {prompts}")
-    return prompts
+    found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else None
+    if found is None or not all(isinstance(prompt, str) for prompt in found):
+        raise TypeError(f"prompts must be a text or several; got {prompts!r}")
+    if not found or not all(prompt.strip() for prompt in found):
+        raise ValueError(f"calibration needs at least one prompt, none of them empty; got {found}")
+    return found
+
+
+def check_steps(steps: int) -> None:
+    """Check a number of inference steps.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be 1 or more, a whole number; got {steps!r}")

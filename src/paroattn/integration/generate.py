@@ -73,10 +73,7 @@ def run(
 ) -> Any:
     """Call the pipeline with a seed; arguments it does not know are an error, except the output type."""
     call |= getattr(prompt, "arguments", {})
-    known = inspect.signature(pipe.__call__).parameters
-    unknown = [name for name in call if name not in known and name != "output_type"]
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        raise ValueError(f"{type(pipe).__name__} has no argument {', '.join(unknown)}; it has {', '.join(known)}")
+    known = check_call(pipe, call)
     call = {n: _placed(n, value, pipe) for n, value in call.items() if n in known or n != "output_type"}
     if steps is not None:
         call["num_inference_steps"] = steps
@@ -84,6 +81,22 @@ def run(
         call["callback_on_step_end"] = partial(_after_step, on_step, on_latents)
     words = None if call.get(EMBEDDINGS) is not None else str(prompt)
     return pipe(prompt=words, generator=torch.Generator().manual_seed(seed), **call)
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
+    """Check that a pipeline's call takes these arguments, and say which it takes; it need not take an output type.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    unknown = [name for name in call if name not in known and name != "output_type"]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise ValueError(
+            f"{type(pipe).__name__} has no argument {', '.join(unknown)}; it has {', '.join(known)}. Leave it out, or "
+            "check the name."
+        )
+    return known
 
 
 def _after_step(

@@ -253,7 +253,8 @@ class PlanHook(ModelHook):
         if grid != plan.grid:
             return None, self.fall_back(
                 f"the plan is for grid {plan.grid} (frames x height x width in tokens); this call has {has}",
-                f"Calibrate at this resolution, or {_carry(grid)}apply with strict=False to run such calls dense.",
+                f"Calibrate at this resolution, or {_carry(grid)}apply with strict=False (--allow-dense) to run such "
+                "calls dense.",
             )
         if text.tokens and text.side != plan.text.side:
             return None, self.fall_back(

@@ -71,10 +71,18 @@ class Journal:
             raise ValueError(f"{JOURNAL} in {self.folder} is damaged ({error}). Remove {self.folder}") from error
         if differing:
             name = differing[0]
+            there, here = _apart(known.get(name), self.asked[name])
             raise ValueError(
-                f"{self.folder} holds an unfinished calibration with another {name}: {known.get(name)}; "
-                f"got {self.asked[name]}. {remedy}"
+                f"{self.folder} holds an unfinished calibration that differs in {name}: {there}; got {here}. {remedy}"
             )
+
+
+def _apart(one: Any, other: Any) -> tuple[Any, Any]:
+    """What differs: of objects, the fields that do."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
 def described(value: Any) -> Any:

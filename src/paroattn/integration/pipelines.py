@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..files import existing_file, read_words
 from .generate import EMBEDDINGS, Prompt
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +48,7 @@ def load_pipeline(
     kind_of_pipeline: Any = getattr(diffusers, pipeline or "DiffusionPipeline", None)
     if not hasattr(kind_of_pipeline, "from_pretrained"):
         raise ValueError(f"pipeline must be a class in diffusers, such as WanVideoToVideoPipeline; got {pipeline!r}")
-    device = device or default_device()
+    device = device_named(device)
     kind = dtype_of(dtype, device)
     kinds = kind if vae_dtype is None else {"default": kind, "vae": dtype_of(vae_dtype, device)}
     try:
@@ -55,9 +56,10 @@ def load_pipeline(
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             pipe = kind_of_pipeline.from_pretrained(model, torch_dtype=kinds, **load)
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
+        why = str(error).strip().rstrip(".")
         raise ValueError(
-            f"{model!r} is neither demo, nor a diffusers model folder or hub id that loads here: {error}. "
-            'Most pipelines need `pip install "paroattn[models]"`.'
+            f"{model!r} is neither demo, nor a diffusers model folder or hub id that loads here: {why}. Check the "
+            'name; most pipelines need `pip install "paroattn[models]"`.'
         ) from error
     pipe.set_progress_bar_config(disable=True)
     if vae_tiling:
@@ -98,9 +100,25 @@ OFFLOADS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_named(name: str | None) -> str:
+    """A device by name, if it is there; the GPU if there is one by default.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return "cuda" if there else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or one of several such as cuda:1; got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= there:
+        seen = f"{there} of them" if there else "none; paro doctor says why"
+        raise ValueError(
+            f"device {name} needs a GPU that PyTorch sees; got {seen}. Leave out --device, or name another."
+        )
+    return name
 
 
 def dtype_of(name: str | None, device: str) -> torch.dtype:
@@ -127,7 +145,7 @@ def read_prompts(path: str | Path) -> list[str]:
         OSError: If the file cannot be read.
     """
     path = Path(path)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_words(path, "a list of prompts").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise ValueError(f"{path} must hold at least one prompt, one a line; got none")
@@ -145,7 +163,7 @@ def read_embeddings(path: str | Path) -> Prompt:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = existing_file(path, "a prompt as embeddings")
     try:
         with safe_open(path, framework="pt") as file:
             words, tensors = (
@@ -200,12 +218,18 @@ def read_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.suffix.lower() in PICTURES:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        try:
+            with Image.open(existing_file(path, "a picture")) as picture:
+                return picture.convert("RGB")
+        except UnidentifiedImageError as error:
+            raise ValueError(f"a picture must be one that Pillow reads; got {str(path)!r}, which is none") from error
     if path.suffix.lower() == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(read_words(path, "a value in JSON"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
     raise ValueError(f"a file must be a picture ({', '.join(PICTURES)}) or .json; got {path.name!r}")
 
 

@@ -21,8 +21,8 @@ from ..plan.search import PlanSettings, block_scores
 from ..plan.values import BlockValues, Place
 from .apply import apply, dense, remove, set_noise_level
 from .calibrate import STEPS, progress_bar, transformers_of
-from .collecting import check_prompts
-from .generate import run
+from .collecting import check_prompts, check_steps
+from .generate import check_call, run
 from .hook import hook_of
 
 
@@ -116,12 +116,14 @@ def refine(
         PlanError: If the plan does not fit the pipeline.
     """
     prompts, refinement = check_prompts(prompts), refinement or Refinement()
+    check_steps(steps)
     if missing := sorted(set(plan) - set(measured)):
         raise ValueError(f"the statistics of {', '.join(plan)} are needed; got none of {', '.join(missing)}")
     values = {
         name: BlockValues(part, block_scores(measured[name], part, _settings(part))) for name, part in plan.items()
     }
     models = {name: each for name, each in transformers_of(pipe).items() if name in plan}
+    check_call(pipe, call)
 
     def look(first: int, report: Callable[[float], None]) -> dict[str, _Seen]:
         """What the plan as it is now does to some clips."""

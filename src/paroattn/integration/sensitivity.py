@@ -34,6 +34,10 @@ from .collecting import check_prompts
 from .generate import run
 from .processes import each_some, group
 
+Place = int | str
+"""A phase by its number, a layer by its path, or `IN_INT4`."""
+Probe = tuple[str, Place]
+"""A component of the pipeline, and what is done to it."""
 SENSITIVITIES = ("none", "phases", "layers")
 PROBE_DENSITY = 0.3
 IN_INT4 = "all heads in INT4"
@@ -92,19 +96,14 @@ def measure_sensitivity(
     if what == "none":
         return
     settings = settings or PlanSettings()
-    own, also = precision or settings.each_precision, [IN_INT4] if settings.may_be_int4 else []
-    changes = {"precision": settings.each_precision, "int4_share": None}
-    settings = settings.at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False, **changes)
-    plans = {name: make_plan(each, settings) for name, each in measured.items()}
-    everything = {name: _limited(plan, lambda layer, phase: False) for name, plan in plans.items()}
-    probes = [(name, place) for name, plan in plans.items() for place in [*_places(plan, what), *also]]
-    errors: dict[tuple[str, int | str], list[float]] = {probe: [] for probe in probes}
+    probes = _Probes(measured, settings, precision or settings.each_precision, what)
     samples = list(enumerate(check_prompts(prompts) * seeds))
-    total, done = len(samples) * (1 + len(probes)), 0
+    total, done = len(samples) * (1 + len(probes.all)), 0
 
-    def latents(number: int, prompt: str, plan: Mapping[str, TransformerPlan], only: str | None = precision) -> Tensor:
+    def latents(number: int, prompt: str, probe: Probe | None) -> Tensor:
         nonlocal done
-        apply(pipe, Plan(plan), precision=only, impl=impl, even_if_slower=True)
+        planned = probe is not None and probe[1] == IN_INT4
+        apply(pipe, probes.plan(probe), precision=None if planned else precision, impl=impl, even_if_slower=True)
         try:
             output = run(pipe, prompt, seed + number, steps=steps, output_type="latent", **call)
         finally:
@@ -113,33 +112,66 @@ def measure_sensitivity(
         progress(min(1.0, done / total))
         return _tensor(output).float().cpu()
 
-    def probed(number: int, prompt: str, probe: tuple[str, int | str] | None) -> Tensor:
+    errors: dict[Probe, list[float]] = {probe: [] for probe in probes.all}
+    for number, prompt in samples:
+        exact, *changed = each_some([None, *probes.all], partial(latents, number, prompt))
+        for probe, other in zip(probes.all, changed, strict=True):
+            errors[probe].append(_difference(other, exact, prompt))
+    for name, statistics in measured.items():
+        probes.note(name, statistics, {place: _typical(each) for (own, place), each in errors.items() if own == name})
+
+
+class _Probes:
+    """The plans under which samples are generated.
+
+    Args:
+        measured: Statistics by component.
+        settings: How the blocks that are dropped are chosen.
+        own: Precision of heads that are not in INT4.
+        what: "phases" or "layers".
+
+    Attributes:
+        all: All probes.
+    """
+
+    def __init__(self, measured: Mapping[str, Statistics], settings: PlanSettings, own: str, what: str):
+        changes = {"precision": settings.each_precision, "int4_share": None}
+        self._own = own
+        self._settings = settings.at(PROBE_DENSITY, budget="layer_normalised", sensitivity=False, **changes)
+        self._dropping = {name: make_plan(each, self._settings) for name, each in measured.items()}
+        self._whole = {name: _limited(plan, lambda layer, phase: False) for name, plan in self._dropping.items()}
+        also = [IN_INT4] if settings.may_be_int4 else []
+        self.all = [(name, place) for name, plan in self._dropping.items() for place in [*_places(plan, what), *also]]
+
+    def plan(self, probe: Probe | None) -> Plan:
+        """What a probe changes, and all blocks of everything else; all blocks alone for None."""
         if probe is None:
-            return latents(number, prompt, everything)
+            return Plan(self._whole)
         name, place = probe
         if place == IN_INT4:
-            forms = dict.fromkeys(everything, own) | {name: "int4"}
-            return latents(number, prompt, {each: _all_in(everything[each], forms[each]) for each in forms}, None)
-        only = _limited(plans[name], lambda layer, phase: place in (layer, phase))
-        return latents(number, prompt, everything | {name: only})
+            forms = dict.fromkeys(self._whole, self._own) | {name: "int4"}
+            return Plan({each: _all_in(self._whole[each], form) for each, form in forms.items()})
+        changed = _limited(self._dropping[name], lambda layer, phase: place in (layer, phase))
+        return Plan(self._whole | {name: changed})
 
-    for number, prompt in samples:
-        exact, *changed = each_some([None, *probes], partial(probed, number, prompt))
-        power = exact.square().mean()
-        for probe, other in zip(probes, changed, strict=True):
-            error = float((other - exact).square().mean() / power)
-            if not math.isfinite(error):
-                raise ValueError(f"the pipeline's latents must be finite; {prompt!r} gave NaN or infinity")
-            errors[probe].append(error)
-    for name, statistics in measured.items():
-        found = {place: _typical(each) for (component, place), each in errors.items() if component == name}
-        in_int4 = found.pop(IN_INT4, None)
-        _note(statistics, plans[name], found, predicted_error(statistics, plans[name], settings))
-        if in_int4 is not None:
-            _note_rounding(statistics, plans[name], in_int4)
+    def note(self, name: str, statistics: Statistics, found: Mapping[Place, float]) -> None:
+        """Keep weights in the statistics of a component, from what every probe of it did to the samples."""
+        dropped = {place: error for place, error in found.items() if place != IN_INT4}
+        plan = self._dropping[name]
+        _note(statistics, plan, dropped, predicted_error(statistics, plan, self._settings))
+        if IN_INT4 in found:
+            _note_rounding(statistics, plan, found[IN_INT4])
 
 
-def _places(plan: TransformerPlan, what: str) -> list[int | str]:
+def _difference(other: Tensor, exact: Tensor, prompt: str) -> float:
+    """Squared difference of two latents, as a share of the power of the exact ones."""
+    error = float((other - exact).square().mean() / exact.square().mean())
+    if not math.isfinite(error):
+        raise ValueError(f"the pipeline's latents must be finite; {prompt!r} gave NaN or infinity")
+    return error
+
+
+def _places(plan: TransformerPlan, what: str) -> list[Place]:
     """Where blocks are dropped one after another: in a phase, or in a layer."""
     return [*range(len(plan.phases)), *(plan.layers if what == "layers" else ())]
 
@@ -155,7 +187,7 @@ def _limited(plan: TransformerPlan, dropping: Callable[[str, int], bool]) -> Tra
     return replace(plan, layers=layers)
 
 
-def _note(statistics: Statistics, plan: TransformerPlan, found: Mapping[int | str, float], predicted: Tensor) -> None:
+def _note(statistics: Statistics, plan: TransformerPlan, found: Mapping[Place, float], predicted: Tensor) -> None:
     """Turn differences of latents into weights; predicted errors are (layers, phases), by share of the steps."""
     phases = torch.tensor([found[place] for place in range(len(plan.phases))], dtype=torch.float64)
     weights = _positive(phases / predicted.sum(0))

@@ -90,7 +90,10 @@ def block_stats(
     rows = _sample(blocks_of(video, block[0]), block_stride, block_offset).to(device)
     measured = _measured(layout, table, block[0], row_stride, row_offset)
     if not bool(measured[:, rows].any(-1).all()):
-        raise ValueError(f"row_stride must leave every query block of {block[0]} tokens a row; got {row_stride}")
+        raise ValueError(
+            f"row_stride must leave a row in every query block of {block[0]} tokens, in every order and in the "
+            f"last one, which may be short; got {row_stride}. Take a smaller one, such as {max(1, row_stride // 4)}."
+        )
     every = torch.arange(len(orders))[:, None].expand(-1, heads)
     chosen = every if order is None else _check_order(order, len(orders), heads)[None]
     root = _square_root(w_o)

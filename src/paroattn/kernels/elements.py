@@ -13,6 +13,15 @@ def _gather(x_ptr, stride_n, stride_d, position, real, D: tl.constexpr, D_PAD: t
 
 
 @triton.jit
+def _exp2(x, ASSEMBLY: tl.constexpr):
+    """2ˣ without the code for denormals that `tl.exp2` adds."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def _round(x):
     """Nearest integer of float32 |x| < 2²², ties to even, as int32."""
     return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000

@@ -1,11 +1,11 @@
-"""Block-sparse attention for Hopper (sm_90): what `sparse.py` computes, with every copy and product placed by hand.
+"""Block-sparse attention for Hopper (sm_90): what `portable.py` computes, with every copy and product placed by hand.
 
 A program is one warpgroup with 64 query rows. Blocks of K and V come through TMA into a ring of STAGES stages, refilled
 as soon as a block is done, and products run on wgmma. Few registers and little shared memory let three to five programs
 share a multiprocessor: while one is in its softmax, another multiplies.
 
-Layout, masking and launch order: as in `sparse.py`, for INT8 Q·K with FP8 or INT8 P·V. Numbers too, except that INT8 P
-passes through half precision and may round to a neighbour, and that with `matrix_sums` FP8 P is summed after rounding.
+Layout, masking and launch order: as in `portable.py`, for INT8 Q·K with FP8 or INT8 P·V. Numbers too, except that INT8
+P passes through half precision and may round to a neighbour, and that `matrix_sums` sum FP8 P after rounding.
 """
 
 from typing import Any

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..precision import Precision
+from .elements import _exp2
 from .prepare import LOG2_E, Operands, prepare
-from .sparse import _exp2
 from .tiles import BLOCKS, INTERPRETED, LARGEST_HEAD, Tile, capability
 
 PRECISIONS = {

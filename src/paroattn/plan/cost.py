@@ -34,7 +34,15 @@ BF16 = 2
 
 
 class TimeUnknown(ValueError):
-    """No rate was measured for what is asked."""
+    """No rate was measured for what is asked.
+
+    Attributes:
+        why: What is known and what was asked, without the remedy.
+    """
+
+    def __init__(self, why: str, remedy: str = ""):
+        super().__init__(f"{why}. {remedy}" if remedy else why)
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,14 @@ class Kernel:
     launch_ms: float
     row_ns: float
     block_ns: float
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Time of reordering and quantising q, k and v: a constant, and what each byte takes that is read or written."""
+
+    constant_ms: float
+    byte_ps: float
 
 
 @dataclass(frozen=True)
@@ -67,8 +83,7 @@ class Rates:
     Attributes:
         gpu: Its name.
         kernels: Attention by block masks, quantised operands given.
-        prepare_ms: Constant part of reordering and quantising q, k and v.
-        byte_ps: What that takes for each byte that it reads or writes.
+        preparing: By bits of the narrower product, 8 or 4, and head dimension.
         dense: By head dimension: picoseconds of a query, key and channel in dense attention in 16 bits, and by how much
             they grow with each doubling of the keys.
         linear_tflops: Matrix products with weights, by their format.
@@ -82,8 +97,7 @@ class Rates:
 
     gpu: str
     kernels: Mapping[Kind, Kernel]
-    prepare_ms: float
-    byte_ps: float
+    preparing: Mapping[tuple[int, int], Preparing]
     dense: Mapping[int, tuple[float, float]]
     linear_tflops: Mapping[str, float]
     around_ps: Mapping[str, Mapping[str, float]]
@@ -140,18 +154,31 @@ class Rates:
         """
         kind = head_dim, formats_of(precision), block
         if kind not in self.kernels:
-            known = "; ".join(sorted({f"{form} in {_size(size)} with head dimension {d}"
-                                      for d, form, size in self.kernels}))  # fmt: skip
             raise TimeUnknown(
-                f"times on {self.gpu} are known for {known}; got {kind[1]} in {_size(block)} with head dimension "
-                f"{head_dim}. Choose one of these with --precision and --block, or a target that needs no times: a "
-                "density or an error."
+                f"times on {self.gpu} are known for {self._known(head_dim)}; got {kind[1]} in {_size(block)} with head "
+                f"dimension {head_dim}",
+                "Choose one of these with --precision and --block, or a target that needs no times: a density or an "
+                "error.",
             )
         return self.kernels[kind]
 
+    def _known(self, head_dim: int) -> str:
+        """Kernels with rates; those of this head dimension if it has any."""
+        dims = {head_dim} & {dim for dim, _, _ in self.kernels} or {dim for dim, _, _ in self.kernels}
+        sizes: dict[tuple[int, str], list[str]] = {}
+        for dim, form, block in sorted(self.kernels):
+            if dim in dims:
+                sizes.setdefault((dim, form), []).append("x".join(map(str, block)))
+        return "; ".join(
+            f"{form} in blocks of {', '.join(each)} with head dimension {dim}" for (dim, form), each in sizes.items()
+        )
+
     def preparing_ms(self, call: Call, precision: str | Precision) -> float:
         """Reordering and quantising q, k and v."""
-        return self.prepare_ms + call.elements * moved_bytes(precision) * self.byte_ps * 1e-9
+        bits = 4 if "int4" in formats_of(precision) else 8
+        nearest = min(self.preparing, key=lambda kind: (abs(kind[0] - bits), abs(kind[1] - call.head_dim)))
+        rates = self.preparing[nearest]
+        return rates.constant_ms + call.elements * moved_bytes(precision) * rates.byte_ps * 1e-9
 
     def copy_ms(self, size: float) -> float:
         """Read and write so many bytes together."""
@@ -195,8 +222,10 @@ class Rates:
             self,
             gpu=gpu,
             kernels=self.kernels if kernels is None else dict(kernels),
-            prepare_ms=self.prepare_ms * memory,
-            byte_ps=self.byte_ps * memory,
+            preparing={
+                kind: Preparing(each.constant_ms * memory, each.byte_ps * memory)
+                for kind, each in self.preparing.items()
+            },
             dense={head_dim: (pair * dense, octave * dense) for head_dim, (pair, octave) in self.dense.items()},
             linear_tflops={form: rate / linear for form, rate in self.linear_tflops.items()},
             around_ps={mode: {name: ps * memory for name, ps in by.items()} for mode, by in self.around_ps.items()},
@@ -245,8 +274,8 @@ def rates_of(gpu: str) -> Rates:
     known = _packaged()
     if gpu not in known:
         raise TimeUnknown(
-            f"times are known for {', '.join(known)}; got {gpu!r}. `paro doctor --model MODEL` measures and predicts "
-            "on the GPU that it runs on."
+            f"times are known for {', '.join(known)}; got {gpu!r}",
+            "`paro doctor --model MODEL` measures and predicts on the GPU that it runs on.",
         )
     return known[gpu]
 
@@ -295,11 +324,13 @@ def read_rates(gpu: str, described: Mapping[str, Any]) -> Rates:
         for rows, columns in [each["block"].split("x")]
     }
     dense = {each["head_dim"]: (each["pair_ps"], each["octave_ps"]) for each in described["dense"]}
-    names = (
-        "prepare_ms", "byte_ps", "linear_tflops", "around_ps", "fp8_activations_ps", "copy_tb_per_s",
-        "launching_ms",
-    )  # fmt: skip
-    return Rates(gpu=gpu, kernels=kernels, dense=dense, **{name: described[name] for name in names})
+    preparing = {
+        (each["bits"], each["head_dim"]): Preparing(each["constant_ms"], each["byte_ps"])
+        for each in described["preparing"]
+    }
+    names = ("linear_tflops", "around_ps", "fp8_activations_ps", "copy_tb_per_s", "launching_ms")
+    others = {name: described[name] for name in names}
+    return Rates(gpu=gpu, kernels=kernels, preparing=preparing, dense=dense, **others)
 
 
 def _size(block: tuple[int, int]) -> str:

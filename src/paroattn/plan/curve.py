@@ -217,7 +217,9 @@ class Curve:
             TimeUnknown: If times are not known.
         """
         if self._ms is None or self._dense_ms is None or self.prices is None or self.prices.around_ms is None:
-            raise TimeUnknown(f"a target speed-up needs times: {self.why}")
+            raise TimeUnknown(
+                f"a target speed-up needs times: {self.why.rstrip('.')}", "Ask for a density or an error instead."
+            )
         slowest, fastest = (self.at(density).speedup or 0.0 for density in (1.0, self.lowest))
         if not slowest <= speedup <= fastest:
             raise OutOfReach(

@@ -72,6 +72,8 @@ def read_component(folder: Path) -> tuple[TransformerPlan, list[str]]:
     except ValueError as error:
         raise PlanError(f"{error}. {DAMAGED}") from error
     version = described.get("format_version")
+    if version is None:
+        raise PlanError(f"{path} must be a plan of paroattn, which names its format; got none. Check the path.")
     if version not in FORMATS:
         raise PlanError(
             f"{path} has plan format {version}; this paroattn reads formats {', '.join(map(str, FORMATS))}. "

@@ -316,7 +316,9 @@ class Plan(Mapping[str, TransformerPlan]):
             folder = download(str(source), revision, token)
         found = [name for name in COMPONENTS if (folder / name / "plan.json").is_file()]
         if not found:
-            raise PlanError(f"{source} holds no plan: expected {COMPONENTS[0]}/plan.json in it")
+            alone = (folder / "plan.json").is_file()
+            remedy = f"It is one part of a plan: name {folder.parent}." if alone else "Check the path."
+            raise PlanError(f"{source} holds no plan: expected {COMPONENTS[0]}/plan.json in it. {remedy}")
         read = {name: read_component(folder / name) for name in found}
         for name, (_, together) in read.items():
             if sorted(together) != sorted(found):

@@ -26,6 +26,8 @@ def plan_for_grid(plan: Plan, grid: Grid) -> Plan:
 
 def for_grid(plan: TransformerPlan, grid: Grid) -> TransformerPlan:
     """Carry a plan to another grid, at the density of every head and phase; see `TransformerPlan.for_grid`."""
+    if not isinstance(grid, Grid):
+        raise TypeError(f"a plan is carried to a Grid, such as Grid(13, 30, 45); got {grid!r}")
     if grid == plan.grid:
         return plan
     orders = {order for layer in plan.layers.values() for order in layer.orders}

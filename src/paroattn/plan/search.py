@@ -7,6 +7,7 @@ by its own output power, so that layers with large activations do not starve the
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -120,11 +121,11 @@ class PlanSettings:
             raise ValueError(f"one of {', '.join(TARGETS)} must be given; got {' and '.join(given)}. Leave one out.")
         if not given:
             object.__setattr__(self, "density", DENSITY)
-        elif self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1; got {self.density}")
+        elif self.density is not None and not (isinstance(self.density, Real) and 0 < self.density <= 1):
+            raise ValueError(f"density must be above 0 and at most 1; got {self.density!r}")
         for name in ("error", "speedup"):
-            if name in given and not 0 < given[name] < float("inf"):
-                raise ValueError(f"a target {name} must be above 0; got {given[name]}")
+            if name in given and not (isinstance(given[name], Real) and 0 < given[name] < float("inf")):
+                raise ValueError(f"a target {name} must be above 0; got {given[name]!r}")
         if self.density is None and self.budget == "per_head":
             raise ValueError("a target error or speed-up needs one threshold; got the budget per_head. Give a density.")
         if self.error is not None and not self._in_units_of_error:
@@ -323,7 +324,7 @@ def _prices(statistics: Statistics, settings: PlanSettings) -> tuple[Prices | No
         block, precision = statistics.settings.block, settings.each_precision
         return Prices.of(settings.gpu, layout, call, block, precision, model), why
     except TimeUnknown as unknown:
-        return None, str(unknown)
+        return None, unknown.why
 
 
 def _carried(statistics: Statistics) -> dict[str, list[str]]:

@@ -68,7 +68,7 @@ def judge(
                     f"{sparse:.2g} ms by the plan"
                 )
     except TimeUnknown as unknown:
-        return Verdict(gpu, unknown=str(unknown))
+        return Verdict(gpu, unknown=unknown.why)
     return Verdict(gpu, found)
 
 
