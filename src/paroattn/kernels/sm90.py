@@ -37,7 +37,7 @@ def shared_bytes(pipeline: Pipeline, keys: int, d_pad: int, pv: str) -> int:
     """Shared memory of a program, as the source lays it out."""
     ones = 8 * keys if pv == "fp8" else 0
     stage = -(-(2 * keys * d_pad + ones) // 1024) * 1024
-    return ROWS * d_pad + pipeline.stages * (stage + 48) + 8
+    return ROWS * d_pad + 4 * (d_pad + ROWS) + pipeline.stages * (stage + 48) + 8
 
 
 def launch(

@@ -222,10 +222,8 @@ struct Consumer {
 
     // acc / total to its places in the model's order.
     DEVICE void finish() {
-        const int lane = thread() % 32, quad = lane % 4;
-        const int first = row();
-        const int* places = a.table + (u64)a.order[w.h] * a.tokens;
-        const float* v_scale = a.v_scale + w.bh * HEAD_DIM + 2 * quad;
+        const int quad = thread() % 4, first = row();
+        float totals[2], inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float total = rows.total[r];
@@ -235,15 +233,24 @@ struct Consumer {
             } else {
                 total = acc[OUT + 2 * r];
             }
-            const float inverse = reciprocal_fast(larger(total, 1e-30f));
+            totals[r] = total;
+            inverse[r] = reciprocal_fast(larger(total, 1e-30f));
+        }
 #pragma unroll
-            for (int d = 2 * r; d < OUT; d += 4) {
-                acc[d] *= inverse * v_scale[2 * d - 4 * r];
-                acc[d + 1] *= inverse * v_scale[2 * d - 4 * r + 1];
+        for (int d = 0; d < OUT; d += 4) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float v_scale = as_float(read_shared(memory + V_SCALE_AT + 4 * (2 * d + 2 * quad + i)));
+                acc[d + i] *= inverse[0] * v_scale;
+                acc[d + 2 + i] *= inverse[1] * v_scale;
             }
-            const int n = w.first + first + 8 * r;
-            const bool real = n < a.tokens;
-            const int place = real ? places[n] : 0;
+        }
+        meet_warp();  // others of it kept the places
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float total = totals[r];
+            const bool real = w.first + first + 8 * r < a.tokens;
+            const int place = real ? (int)read_shared(memory + PLACES_AT + 4 * (first + 8 * r)) : 0;
             const u64 at = (((u64)w.b * a.tokens + place) * a.heads + w.h) * a.channels;
             if (OUT_BYTES == 2 && a.channels % 8 == 0)
                 store_pieces(at, r, quad, real);
@@ -301,18 +308,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) sm90_attention(
     const Arguments a{q, k, v, q_scale, k_scale, v_scale, shift, lists, counts, bits, tiles, table, order, valid, out,
                       lse, batch, tokens, heads, channels, row_blocks, key_blocks, mask_bytes};
     const u32 memory = shared_memory();
-    const Work w = work_of(a);
+    Start start(a);
     set_up(memory);
+    const Work w = work_of(a, start);
     Filler filler(a, w, memory);
     const bool fills = same_in_warp(thread() / 32) == 0;
     const auto copy_keys = [&](int i) { if (fills) filler.keys(i); };
     const auto copy_values = [&](int i) { if (fills) filler.values(i); };
-    if (thread() == 0) copy_queries(a, w, memory);
+    const RowPlace place(a, w);
+    if (fills) filler.queries();
     for (int i = 0; i < STAGES; ++i) {
         copy_keys(i);
         if (i + 1 < STAGES) copy_values(i);
     }
     Consumer consumer(a, w, memory);
+    place.keep(memory);
     barrier_wait(memory + Q_FULL_AT, 0);
     consumer.work(copy_keys, copy_values);
     consumer.finish();

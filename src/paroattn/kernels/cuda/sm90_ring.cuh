@@ -21,7 +21,10 @@ constexpr int K_AT = (Q_BYTES + 1023) / 1024 * 1024;
 constexpr int V_AT = K_AT + K_BYTES;
 constexpr int ONES_AT = V_AT + V_BYTES;
 constexpr int SCALE_BYTES = 16;  // the least that is copied; the first four are the scale
-constexpr int SCALES_AT = K_AT + STAGES * STAGE_BYTES;
+constexpr int V_SCALE_AT = K_AT + STAGES * STAGE_BYTES;
+constexpr int V_SCALE_BYTES = 4 * HEAD_DIM;
+constexpr int PLACES_AT = V_SCALE_AT + V_SCALE_BYTES;  // of rows in the model's order
+constexpr int SCALES_AT = PLACES_AT + 4 * ROWS;
 constexpr int BARRIERS_AT = SCALES_AT + SCALE_BYTES * STAGES;
 constexpr int Q_FULL_AT = BARRIERS_AT + 32 * STAGES;
 
@@ -44,25 +47,49 @@ struct Work {
     int b, h, first;         // batch element, head, first query row
     u64 bh, q_row;           // head of all, row of q
     const u16* list;         // key blocks that it reads
+    int next;                // the first of them, if there is one
+    const int* places;       // of the head's rows in the model's order
     int count, whole, tail;  // how many, how many of them whole, real keys of the other
 };
 
-DEVICE Work work_of(const Arguments& a) {
+// What is read before, all that it can be at once: a read takes long, and barriers are made in the meantime.
+struct Start {
+    u32 part, b, h, row_block, tile, valid;
+    u32 read[4];  // first key block, whole key blocks, eight bits of the mask with the last, order of the head
+
+    DEVICE Start(const Arguments& a) {
+        const u32 split = QUERIES / ROWS, pair = program() / split, row_blocks = a.row_blocks, batch = a.batch;
+        const u32 group = pair / row_blocks, set = group / batch;
+        part = program() % split;
+        b = group - set * batch;
+        tile = a.tiles[set * row_blocks + (pair - group * row_blocks)];
+        valid = a.valid[b];
+        h = tile / row_blocks;
+        row_block = tile - h * row_blocks;
+        read[0] = a.lists[(u64)tile * a.key_blocks];
+        read[1] = a.counts[(u64)b * a.heads * row_blocks + tile];
+        read[2] = a.bits[(u64)tile * a.mask_bytes + last() / 8];
+        read[3] = a.order[h];
+    }
+
+    // The block with the last real key.
+    DEVICE u32 last() const { return ((int)valid - 1) / KEYS; }
+};
+
+DEVICE Work work_of(const Arguments& a, Start& start) {
+    settle(start.read);
     Work w;
-    const int split = QUERIES / ROWS;
-    const int part = program() % split, pair = program() / split;
-    const int tile = a.tiles[pair / (a.row_blocks * a.batch) * a.row_blocks + pair % a.row_blocks];
-    w.b = pair / a.row_blocks % a.batch;
-    w.h = tile / a.row_blocks;
+    w.b = start.b;
+    w.h = start.h;
     w.bh = (u64)w.b * a.heads + w.h;
-    w.first = tile % a.row_blocks * QUERIES + part * ROWS;
+    w.first = start.row_block * QUERIES + start.part * ROWS;
     w.q_row = w.bh * a.row_blocks * QUERIES + w.first;
-    w.list = a.lists + (u64)tile * a.key_blocks;
-    w.whole = a.counts[(u64)w.b * a.heads * a.row_blocks + tile];
-    const int cut = a.valid[w.b] / KEYS;
-    w.tail = a.valid[w.b] % KEYS;
-    w.count = w.whole;
-    if (w.tail > 0) w.count += a.bits[(u64)tile * a.mask_bytes + cut / 8] >> cut % 8 & 1;
+    w.list = a.lists + (u64)start.tile * a.key_blocks;
+    w.next = start.read[0];
+    w.places = a.table + (u64)start.read[3] * a.tokens;
+    w.tail = start.valid % KEYS;
+    w.whole = start.read[1];
+    w.count = w.whole + (w.tail > 0 ? start.read[2] >> start.last() % 8 & 1 : 0);
     return w;
 }
 
@@ -87,11 +114,19 @@ struct Filler {
     const Arguments& a;
     const Work& w;
     const u32 memory;
-    int next = 0;
+    int next;
     u64 block = 0;
 
-    DEVICE Filler(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory) {
-        if (w.count > 0) next = w.list[0];
+    DEVICE Filler(const Arguments& a, const Work& w, u32 memory) : a(a), w(w), memory(memory), next(w.next) {}
+
+    // Q, and what the output needs of V.
+    DEVICE void queries() {
+        if (one_lane()) {
+            const u32 full = memory + Q_FULL_AT;
+            barrier_expect(full, Q_BYTES + V_SCALE_BYTES);
+            copy_bulk(memory, a.q + w.q_row * HEAD_DIM, Q_BYTES, full);
+            copy_bulk(memory + V_SCALE_AT, a.v_scale + w.bh * HEAD_DIM, V_SCALE_BYTES, full);
+        }
     }
 
     DEVICE static Place place_of(int i) { return {i % STAGES, (u32)(i / STAGES & 1)}; }
@@ -123,10 +158,16 @@ struct Filler {
     }
 };
 
-DEVICE void copy_queries(const Arguments& a, const Work& w, u32 memory) {
-    barrier_expect(memory + Q_FULL_AT, Q_BYTES);
-    copy_bulk(memory, a.q + w.q_row * HEAD_DIM, Q_BYTES, memory + Q_FULL_AT);
-}
+// Where one of a warp's 16 rows goes: asked for before the first copies, kept until the end.
+struct RowPlace {
+    int row, place = 0;
+    DEVICE RowPlace(const Arguments& a, const Work& w) : row(thread() / 32 * 16 + thread() % 16) {
+        if (w.first + row < a.tokens) place = w.places[w.first + row];
+    }
+    DEVICE void keep(u32 memory) const {
+        if (thread() % 32 < 16) write_shared(memory + PLACES_AT + 4 * row, place);
+    }
+};
 
 DEVICE void set_up(u32 memory) {
     if (thread() == 0) {
