@@ -176,3 +176,25 @@ def forecasts() -> str:
         head = ["one forward", "ms", "predicted", "off", "against dense", "predicted", "off"]
         text += table(head, lines) + f"\n{where([row for row, _ in known])}.\n" if lines else ""
     return text or NOTHING
+
+
+def whole_runs() -> str:
+    """Whole runs: seconds of what follows one another, and memory."""
+    text = ""
+    for gpu in GPUS:
+        rows = rows_of(f"whole_run_{gpu}")
+        lines = [
+            [
+                f"{row['model']}, {row['impl']} {row['density']:g} {row['precision']}", str(row["steps"]),
+                *(f"{row[name]:.1f}" for name in ("first_forward_s", "step_s", "decoding_s", "seconds")),
+                f"{max(row['step_peak_gib']):.1f}, {row['decoding_peak_gib']:.1f}",
+                f"{row['allocated_gib'][-1] - row['allocated_gib'][1]:.2f}",
+            ]
+            for row in rows
+        ]  # fmt: skip
+        head = [
+            "run", "steps", "first forward, compiling, s", "a step, s", "decoding, s", "the run, s",
+            "peak of steps, of decoding, GiB", "growth from step 2, GiB",
+        ]  # fmt: skip
+        text += table(head, lines) + f"\n{where(rows)}.\n" if lines else ""
+    return text or NOTHING

@@ -18,7 +18,7 @@ from fidelity_tables import (
     quality,
     transfer,
 )
-from forward_tables import end_to_end, forecasts, forwards, roofline, signed
+from forward_tables import end_to_end, forecasts, forwards, roofline, signed, whole_runs
 from readme_tables import attention_gpu_short, attention_short, headline, whole_calls
 from result_tables import GPUS, NOTHING, rows_of, table, where
 from scaling import modelled_ms
@@ -272,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forwards": forwards,
     "roofline": roofline,
     "forecasts": forecasts,
+    "whole-runs": whole_runs,
     "several": several,
     "exchanges": exchanges,
     "scaling": scaling,

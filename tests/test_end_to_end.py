@@ -788,6 +788,18 @@ def test_forecasts_are_compared_with_what_was_measured(tmp_path, monkeypatch):
     assert "sage2" not in text
 
 
+def test_a_whole_run_shows_what_follows_one_another_and_growth(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
+    assert tables.TABLES["whole-runs"]() == tables.NOTHING
+    run = row(0.0, "paroattn", **OURS) | {
+        "steps": 4, "first_forward_s": 18.04, "step_s": 8.0, "decoding_s": 5.11, "seconds": 85.25,
+        "allocated_gib": [27.0, 27.25, 27.5, 27.75], "step_peak_gib": [31.0, 33.0, 32.0, 32.0],
+        "decoding_peak_gib": 37.3,
+    }  # fmt: skip
+    records.merge(tmp_path / "whole_run_h200.json", [run], ("model",))
+    assert "| 4 | 18.0 | 8.0 | 5.1 | 85.2 | 33.0, 37.3 | 0.50 |" in tables.TABLES["whole-runs"]()
+
+
 def test_nothing_is_predicted_of_another_gpu_of_other_attention_and_of_steps_that_are_skipped():
     known = row(11000.0)
     assert predicted_ms(known) == pytest.approx(11225, rel=0.05)
