@@ -403,7 +403,7 @@ def test_an_unknown_order_or_precision_is_refused(tmp_path):
 def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
     path = _saved(tmp_path) / "transformer" / "plan.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match=r"JSON|format None"):
+    with pytest.raises(PlanError, match=r"JSON|names its format; got none"):
         Plan.from_pretrained(tmp_path / "plan")
 
 
