@@ -407,6 +407,14 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
         Plan.from_pretrained(tmp_path / "plan")
 
 
+def test_a_component_that_the_plan_lacks_is_named_with_those_it_has(tmp_path):
+    _saved(tmp_path)
+    plan = Plan.from_pretrained(tmp_path / "plan")
+    with pytest.raises(KeyError, match="one of the plan's, transformer; got 'transformer_3'"):
+        plan["transformer_3"]
+    assert "transformer_3" not in plan and plan.get("transformer_3") is None
+
+
 def test_a_folder_without_a_plan_and_an_unknown_id_are_refused(tmp_path):
     with pytest.raises(PlanError, match="holds no plan"):
         Plan.from_pretrained(tmp_path)

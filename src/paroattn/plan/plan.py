@@ -246,6 +246,8 @@ class Plan(Mapping[str, TransformerPlan]):
         self._components = {name: _meant_for(name, plan) for name, plan in components.items()}
 
     def __getitem__(self, name: str) -> TransformerPlan:
+        if name not in self._components:
+            raise KeyError(f"a component must be one of the plan's, {', '.join(self._components)}; got {name!r}")
         return self._components[name]
 
     def __iter__(self) -> Iterator[str]:
