@@ -71,6 +71,36 @@ def _rotated(
 
 
 @triton.jit
+def _head(x_ptr, table_ptr, order_ptr, valid_ptr, stride_b, stride_h, N, H, OF_KEYS: tl.constexpr):
+    """A program's head of a batch element, by axis 1 of the grid: its number, real tokens, positions and tokens."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    limit = tl.load(valid_ptr + b).to(tl.int32) if OF_KEYS else N
+    return bh, limit, table_ptr + tl.load(order_ptr + h).to(tl.int64) * N, x_ptr + b * stride_b + h * stride_h
+
+
+@triton.jit
+def _along(x, y, vector_ptr, D_PAD: tl.constexpr):
+    """Tokens, in halves of 64 channels, times a vector: (tokens,) in float32."""
+    d = tl.arange(0, 64)
+    product = tl.sum(x.to(tl.float32) * tl.load(vector_ptr + d)[None, :], 1)
+    if D_PAD == 128:
+        product += tl.sum(y.to(tl.float32) * tl.load(vector_ptr + 64 + d)[None, :], 1)
+    return product
+
+
+@triton.jit
+def _centred(left, right, real, centre_ptr, D_PAD: tl.constexpr):
+    """Rotated tokens less a vector, in halves as `_rotated` gives them; 0 where not real."""
+    d = tl.arange(0, 64)
+    left = tl.where(real[:, None], left - tl.load(centre_ptr + d)[None, :], 0.0)
+    if D_PAD == 64:
+        return left, left
+    else:
+        return left, tl.where(real[:, None], right - tl.load(centre_ptr + 64 + d)[None, :], 0.0)
+
+
+@triton.jit
 def _nearest(x):
     """Nearest integer of float32 |x| < 2²², ties to even, as float32."""
     return (x + 12582912.0) - 12582912.0

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .elements import _nearest, _nearest_four_bits, _rotated, _round, _two_in_a_byte
+from .elements import _along, _centred, _head, _nearest, _nearest_four_bits, _rotated, _round, _two_in_a_byte
 
 
 @triton.jit
@@ -102,14 +102,9 @@ def _four_bit_rows_kernel(
     ON_GPU: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A few blocks of rows of Q or K, one after the other; grid (token blocks / AT_ONCE, B·H). Text begins at VIDEO."""
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, limit, row_ptr, x_ptr = _head(x_ptr, table_ptr, order_ptr, valid_ptr, stride_b, stride_h, N, H, IS_KEY)
     place, d = tl.arange(0, TOKENS), tl.arange(0, 64)
-    limit = tl.load(valid_ptr + b).to(tl.int32) if IS_KEY else N
-    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
-    x_ptr += b * stride_b + h * stride_h
     signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :])
-    channels = bh * D_PAD + d
     feedback_ptr += bh * D_PAD * D_PAD
     IN_BYTES: tl.constexpr = D_PAD // 2 if PACKED else D_PAD
     HALF: tl.constexpr = 32 if PACKED else 64
@@ -122,17 +117,10 @@ def _four_bit_rows_kernel(
         x, y, left, right = _rotated(x_ptr, signs, stride_n, stride_d, position, real, norm, ON_GPU, D, D_PAD)
         rows = bh * BLOCKS * TOKENS + n
         if HAS_SHIFT:
-            shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
-            if D_PAD == 128:
-                shift += tl.sum(y.to(tl.float32) * tl.load(mean_ptr + channels + 64)[None, :], 1)
-            tl.store(shift_ptr + rows, shift * softmax_scale)
+            tl.store(shift_ptr + rows, _along(x, y, mean_ptr + bh * D_PAD, D_PAD) * softmax_scale)
         if IS_KEY:
             video = tl.full([TOKENS], 0, tl.int32) + (block + 1) * TOKENS <= VIDEO
-            left = tl.where(real[:, None], left - tl.load(centre_ptr + channels)[None, :], 0.0)
-            if D_PAD == 128:
-                right = tl.where(real[:, None], right - tl.load(centre_ptr + channels + 64)[None, :], 0.0)
-            else:
-                right = left
+            left, right = _centred(left, right, real, centre_ptr + bh * D_PAD, D_PAD)
             left_middle = _middle(left, TOKENS, RUN)
             farthest = _farthest(left, left_middle, top / highest_middle)
             right_middle = left_middle

@@ -34,8 +34,11 @@ from torch import Tensor
 from ..precision import FORMATS, SMALLEST_SCALE, Precision, hadamard
 from . import four_bits
 from .elements import (
+    _along,
     _carried_runs,
+    _centred,
     _gather,
+    _head,
     _packed_middles,
     _packed_runs,
     _piece,
@@ -125,14 +128,9 @@ def _rows_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, TOKENS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """A few blocks of rows of Q or K in INT8, one after the other; grid (token blocks / AT_ONCE, B·H)."""
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh, limit, row_ptr, x_ptr = _head(x_ptr, table_ptr, order_ptr, valid_ptr, stride_b, stride_h, N, H, IS_KEY)
     place, d = tl.arange(0, TOKENS), tl.arange(0, 64)
-    limit = tl.load(valid_ptr + b).to(tl.int32) if IS_KEY else N
-    row_ptr = table_ptr + tl.load(order_ptr + h).to(tl.int64) * N
-    x_ptr += b * stride_b + h * stride_h
     signs = tl.load(signs_ptr + d[:, None] * D_PAD + d[None, :])
-    channels = bh * D_PAD + d
     first = tl.program_id(0) * AT_ONCE
     for block in range(first, tl.minimum(first + AT_ONCE, BLOCKS)):
         n = block * TOKENS + place
@@ -140,11 +138,7 @@ def _rows_kernel(
         position = tl.load(row_ptr + n, mask=real, other=0)
         x, y, left, right = _rotated(x_ptr, signs, stride_n, stride_d, position, real, norm, ON_GPU, D, D_PAD)
         if IS_KEY:
-            left = tl.where(real[:, None], left - tl.load(centre_ptr + channels)[None, :], 0.0)
-            if D_PAD == 128:
-                right = tl.where(real[:, None], right - tl.load(centre_ptr + channels + 64)[None, :], 0.0)
-        if D_PAD == 64:
-            right = left
+            left, right = _centred(left, right, real, centre_ptr + bh * D_PAD, D_PAD)
         largest = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), 1)
         rows = bh * BLOCKS * TOKENS + n
         if IS_KEY:
@@ -160,10 +154,7 @@ def _rows_kernel(
         if D_PAD == 128:
             tl.store(out + _piece(n, d + 64, D_PAD, SWIZZLED), _round(right * inverse[:, None]).to(tl.int8))
         if HAS_SHIFT:
-            shift = tl.sum(x.to(tl.float32) * tl.load(mean_ptr + channels)[None, :], 1)
-            if D_PAD == 128:
-                shift += tl.sum(y.to(tl.float32) * tl.load(mean_ptr + channels + 64)[None, :], 1)
-            tl.store(shift_ptr + rows, shift * softmax_scale)
+            tl.store(shift_ptr + rows, _along(x, y, mean_ptr + bh * D_PAD, D_PAD) * softmax_scale)
 
 
 @triton.jit
