@@ -552,6 +552,17 @@ def test_tables_show_times_by_density_and_why_there_are_none(tmp_path, monkeypat
     assert "| wan-14b-480p | 5.50× | 1.72× |" in short
 
 
+def test_ours_is_the_best_of_our_kernels_and_lines_of_a_shape_stand_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("result_tables.RESULTS", tmp_path)
+    rows = [result(), result(shape="cogvideox-5b"), result(impl="paroattn-sm90", ms=5.0, speedup_vs_cudnn=6.88)]
+    records.merge(tmp_path / "attention_h200.json", rows, benchmark.KEY)
+    assert "| wan-14b-480p | 6.88× |" in tables.attention_gpu_short()
+    lines = [line for line in tables.attention_gpu().splitlines() if "int8/fp8" in line]
+    assert [line.split(",")[:2] for line in lines] == [
+        ["| wan-14b-480p", " paroattn"], ["| wan-14b-480p", " paroattn-sm90"], ["| cogvideox-5b", " paroattn"],
+    ]  # fmt: skip
+
+
 def test_the_headline_says_what_the_tables_below_it_say():
     text = " ".join(readme_tables.headline().split())
     fast = re.search(
